@@ -1,0 +1,122 @@
+"""Tables for people and JSON for programs, from the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+VARIANTS = ("dense", "masked", "compact")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write JSON atomically: readers see the old file or the whole new one, never a part.
+
+    Args:
+        path: target; missing parent folders are made.
+        value: what ``json`` can write; NaN and infinity are refused, since JSON has neither.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: a number is not finite.
+        TypeError: a value that JSON cannot hold.
+    """
+    target = Path(path)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return target
+
+
+def human(number: float) -> str:
+    """A count with three significant digits and a unit: 1234567 -> "1.23 M"."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= 0.9995 * scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for a single value).
+
+    Raises:
+        ValueError: ``values`` is empty.
+    """
+    if not values:
+        raise ValueError("at least one value is needed, got none")
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _share(value: float, dense: float) -> str:
+    return f"{human(value)} ({100 * value / dense:.0f} %)"
+
+
+def comparison_table(title: str, metrics: Mapping[str, Any]) -> Table:
+    """Dense, masked and compact side by side.
+
+    Args:
+        title: of the table.
+        metrics: per variant "accuracy", "accuracy_per_seed", "params", "macs" and "latency_ms" (batch size as text ->
+            milliseconds), as :mod:`lightning_prune.demo` writes them.
+
+    Returns:
+        A rich table; counts and latencies with their share of the dense network or the speed-up over it.
+    """
+    batches = sorted(metrics["dense"]["latency_ms"], key=int)
+    table = Table(title=title)
+    table.add_column("network")
+    for heading in ("accuracy, %", "parameters", "MACs", *(f"latency, batch {b}" for b in batches)):
+        table.add_column(heading, justify="right")
+    dense = metrics["dense"]
+    for variant in VARIANTS:
+        row = metrics[variant]
+        mean, spread = mean_and_spread(row["accuracy_per_seed"])
+        latencies = (
+            f"{row['latency_ms'][b]:.3f} ms ({dense['latency_ms'][b] / row['latency_ms'][b]:.2f}x)"
+            for b in batches
+        )
+        table.add_row(
+            variant,
+            f"{100 * mean:.2f} ± {100 * spread:.2f}",
+            _share(row["params"], dense["params"]),
+            _share(row["macs"], dense["macs"]),
+            *latencies,
+        )
+    return table
+
+
+def widths_table(title: str, widths: Mapping[str, Sequence[int]]) -> Table:
+    """Live channels per group.
+
+    Args:
+        title: of the table.
+        widths: group -> (live, size).
+    """
+    table = Table(title=title)
+    table.add_column("group")
+    table.add_column("live", justify="right")
+    table.add_column("of", justify="right")
+    table.add_column("")
+    for group, (live, size) in widths.items():
+        table.add_row(group, str(live), str(size), "█" * max(1, round(20 * live / size)) if live else "")
+    return table
