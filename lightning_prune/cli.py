@@ -1,0 +1,251 @@
+"""The ``lightning-prune`` command: demo, info, inspect, bench, prune.
+
+Exit status: 0 on success, 2 for a mistake on the command line or in what it names, with one line on stderr that says
+what was expected, what was found and what to do. Heavy imports happen inside the subcommands, so ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class UsageError(Exception):
+    """Something the user can correct; the message is all they need."""
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Read "1,3,32,32" (or "1x3x32x32") as a shape.
+
+    Raises:
+        argparse.ArgumentTypeError: not a list of positive integers.
+    """
+    try:
+        shape = tuple(int(part) for part in text.lower().replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected positive integers separated by commas, batch first, like 1,3,32,32; got {text!r}"
+        )
+    return shape
+
+
+def load_model(spec: str) -> nn.Module:
+    """Import and call the factory that a spec names.
+
+    Args:
+        spec: ``package.module:callable`` (dots after the colon reach into classes); the callable takes no arguments
+            and returns a ``torch.nn.Module``. The current folder is on the import path.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: the spec is malformed, cannot be imported, or does not give a module.
+    """
+    from torch import nn
+
+    module_name, colon, path = spec.partition(":")
+    if not (module_name and colon and path):
+        raise UsageError(f"a model is named package.module:callable, got {spec!r}")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        target: object = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"cannot import {module_name!r} for model {spec!r}: {error}") from error
+    for name in path.split("."):
+        if not hasattr(target, name):
+            raise UsageError(f"{module_name!r} has no {path!r}; check the part of {spec!r} behind the colon")
+        target = getattr(target, name)
+    if isinstance(target, nn.Module):
+        return target
+    if not callable(target):
+        raise UsageError(
+            f"{spec!r} must be a callable without arguments that returns a model, got {target!r:.80}"
+        )
+    try:
+        model = target()
+    except TypeError as error:
+        raise UsageError(
+            f"{spec!r} could not be called without arguments ({error}); name a function that builds the model"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{spec!r} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _example(shape: tuple[int, ...]) -> Tensor:
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    run_demo(
+        arguments.out,
+        datasets=arguments.datasets,
+        seeds=arguments.seeds,
+        target=arguments.target,
+        method=arguments.method,
+    )
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from .info import main as info_main
+
+    return int(info_main() or 0)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    import rich
+
+    from .channels import trace_channels
+    from .profiling import profile
+
+    model, example = load_model(arguments.model).eval(), _example(arguments.input_shape)
+    graph = trace_channels(model, example)
+    rich.print(graph.table())
+    if arguments.profile:
+        rich.print(profile(model, example).table())
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .latency import measure_latency
+
+    latency = measure_latency(
+        load_model(arguments.model),
+        _example(arguments.input_shape),
+        repeats=arguments.repeats,
+        min_seconds=arguments.min_seconds,
+        threads=arguments.threads,
+    )
+    print(latency)
+    return 0
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from .api import prune_channels
+    from .compaction import save_compact
+    from .report import human
+
+    out = Path(arguments.out)
+    if out.exists() and not arguments.force:
+        raise UsageError(f"--out {out} exists; choose another path or add --force to replace it")
+    result = prune_channels(
+        load_model(arguments.model),
+        _example(arguments.input_shape),
+        target=arguments.target,
+        metric=arguments.metric,
+        method=arguments.method,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_compact(result.model, result.plan, out)
+    report = result.report
+    print(
+        f"MACs {human(report.macs_dense)} -> {human(report.macs_compact)}, "
+        f"parameters {human(report.params_dense)} -> {human(report.params_compact)}, "
+        f"compact equals masked to {report.max_relative_error:.1e}\nwritten: {out}"
+    )
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser; each subcommand sets ``run``."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-prune",
+        description="Channel pruning for PyTorch Lightning: smaller, measurably faster convolutional networks.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def with_model(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("model", metavar="MODEL", help="package.module:callable that builds the model")
+        sub.add_argument(
+            "--input-shape",
+            type=parse_shape,
+            required=True,
+            metavar="N,C,H,W",
+            help="of the example input, batch first",
+        )
+
+    demo = command("demo", _demo, "train, prune, compact and time networks on real digits")
+    demo.add_argument("--out", default="runs/demo", help="folder for the results (default: %(default)s)")
+    demo.add_argument(
+        "--datasets", nargs="+", choices=("digits", "cluttered"), default=["digits", "cluttered"]
+    )
+    demo.add_argument("--seeds", type=int, default=3, help="networks per data set (default: %(default)s)")
+    demo.add_argument(
+        "--target", type=float, default=0.5, help="share of the MACs to keep (default: %(default)s)"
+    )
+    demo.add_argument("--method", default="l1", help="how masks are found (default: %(default)s)")
+
+    command("info", _info, "versions, and whether and how the compiled extension works here")
+
+    inspect = command(
+        "inspect", _inspect, "list the channel groups of a model and what is frozen, with the reason"
+    )
+    with_model(inspect)
+    inspect.add_argument("--profile", action="store_true", help="also parameters and MACs per layer")
+
+    bench = command("bench", _bench, "measure the latency of a model")
+    with_model(bench)
+    bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
+    bench.add_argument(
+        "--repeats", type=int, default=30, help="smallest number of timed calls (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--min-seconds", type=float, default=1.0, help="measure at least so long (default: %(default)s)"
+    )
+
+    prune = command("prune", _prune, "prune a model without training and save the compact network")
+    with_model(prune)
+    prune.add_argument(
+        "--target", type=float, default=0.5, help="share of the cost to keep (default: %(default)s)"
+    )
+    prune.add_argument("--metric", default="macs", help="the cost: macs or params (default: %(default)s)")
+    prune.add_argument("--method", default="magnitude", help="which channels go first (default: %(default)s)")
+    prune.add_argument("--out", required=True, help="safetensors file to write; the plan is inside")
+    prune.add_argument("--force", action="store_true", help="replace --out if it exists")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; None takes ``sys.argv``.
+
+    Returns:
+        The exit status.
+    """
+    arguments = build_parser().parse_args(argv)
+    from .errors import PruneError
+
+    try:
+        run: Callable[[argparse.Namespace], int] = arguments.run
+        return run(arguments)
+    except (UsageError, PruneError, ValueError, ModuleNotFoundError) as error:
+        print(f"lightning-prune {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
