@@ -1,0 +1,74 @@
+"""Normalisations. Batch norm treats channels one by one; the others mix them in their statistics and freeze them."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from ..flow import Flow
+from ..labels import Vector
+from .registry import Call, rule
+
+
+def _vector(flow: Flow, tensor: Tensor) -> Vector:
+    (vector,) = flow.get(tensor)
+    return vector if vector is not None else np.zeros(tensor.numel(), np.int64)
+
+
+def _per_channel(flow: Flow, x: Tensor, vectors: list[Tensor], channel_dim: int) -> list[Vector | None]:
+    labels = flow.get(x)
+    own = labels[channel_dim]
+    rows = [own if own is not None else np.zeros(x.shape[channel_dim], np.int64)]
+    labels[channel_dim] = flow.join_vectors(rows + [_vector(flow, v) for v in vectors])
+    return labels
+
+
+@rule("""
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
+    miopen_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm
+""")
+def batch_norm(flow: Flow, call: Call) -> None:
+    """Input, weight, bias and running statistics share the labels of dimension 1."""
+    x = call.args[0]
+    vectors = [a for a in call.args[1:] if isinstance(a, Tensor) and a.dim() == 1 and a.numel() == x.shape[1]]
+    labels = _per_channel(flow, x, vectors, 1)
+    out, *saved = call.outputs()
+    flow.set(out, labels)
+    for tensor in saved:
+        same = tensor.dim() == 1 and tensor.numel() == x.shape[1]
+        flow.set(tensor, [labels[1]] if same else [None] * tensor.dim())
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+def layer_norm(flow: Flow, call: Call) -> None:
+    """Statistics over the normalised dimensions mix their channels: frozen."""
+    x, normalized_shape = call.args[:2]
+    labels = flow.get(x)
+    first = x.dim() - len(normalized_shape)
+    for d in range(first, x.dim()):
+        flow.space.freeze(labels[d], "a layer norm takes its statistics over these channels")
+        labels[d] = None
+    for parameter in call.args[2:]:
+        if isinstance(parameter, Tensor):
+            flow.freeze_tensor(parameter, "a layer norm takes its statistics over these channels")
+    out, *saved = call.outputs()
+    flow.set(out, labels)
+    for tensor in saved:
+        flow.set(tensor, [None] * tensor.dim())
+
+
+@rule("native_group_norm", "group_norm")
+def group_norm(flow: Flow, call: Call) -> None:
+    """Exact only with one channel per group; otherwise statistics mix the channels of a group: frozen."""
+    x, groups = call.args[0], call.arg("group", call.arg("num_groups"))
+    vectors = [a for a in call.args[1:] if isinstance(a, Tensor)]
+    labels = flow.get(x)
+    reason = f"a group norm with {groups} groups takes its statistics over these channels"
+    flow.space.freeze(labels[1], reason)
+    labels[1] = None
+    for vector in vectors:
+        flow.freeze_tensor(vector, reason)
+    out, *saved = call.outputs()
+    flow.set(out, labels)
+    for tensor in saved:
+        flow.set(tensor, [None] * tensor.dim())

@@ -1,0 +1,74 @@
+"""Elementwise ops: labels unite index by index under broadcasting (residual add, SE scale, gated units, bias)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..flow import Flow
+from ..labels import WILD, Labels
+from .registry import Call, rule, tensors_of
+
+
+def pointwise(flow: Flow, call: Call) -> None:
+    """Any op whose output element depends only on the input elements at the same (broadcast) position."""
+    for out in call.outputs():
+        inputs = [t for t in tensors_of((call.args, call.kwargs)) if t.dim() <= out.dim() and t.dim() > 0]
+        flow.set(out, flow.join(inputs, out.shape))
+
+
+for _name in (
+    "native_dropout",
+    "dropout",
+    "masked_fill",
+    "masked_fill_",
+    "where",
+    "clamp",
+    "bernoulli",
+    "rrelu_with_noise",
+):
+    rule(_name)(pointwise)
+
+
+@rule("_prelu_kernel", "prelu")
+def prelu(flow: Flow, call: Call) -> None:
+    """PReLU: one slope per channel; a 1-D slope belongs to dimension 1."""
+    x, weight = call.args[:2]
+    out = call.outputs()[0]
+    labels = flow.join([x], out.shape)
+    if weight.numel() > 1 and weight.dim() == 1 and x.dim() > 1:
+        (slope,) = flow.get(weight)
+        own = labels[1]
+        labels[1] = flow.join_vectors(
+            [
+                own if own is not None else np.zeros(x.shape[1], np.int64),
+                slope if slope is not None else _fixed(weight),
+            ]
+        )
+    elif weight.dim() == x.dim():
+        labels = flow.join([x, weight], out.shape)
+    flow.set(out, labels)
+
+
+def _fixed(tensor: object) -> np.ndarray:
+    return np.zeros(tensor.numel(), np.int64)  # type: ignore[attr-defined]
+
+
+@rule("copy_", "copy")
+def copy(flow: Flow, call: Call) -> None:
+    """``target[...] = source``: a constant target takes the source's labels, also in the tensor it is a view of."""
+    target, source = call.args[:2]
+    mine = flow.get(target)
+    theirs: Labels = [None] * target.dim()
+    if source.dim() <= target.dim():
+        theirs = flow.join([source], target.shape)
+    for d, vector in enumerate(mine):
+        found = theirs[d]
+        other = found if found is not None else np.zeros(target.shape[d], np.int64)
+        if vector is None:
+            flow.space.freeze(other, "written into a tensor of fixed size")
+            continue
+        wild = vector == WILD
+        flow.space.unite(vector[~wild], other[~wild])
+        vector[wild] = other[wild]  # numpy views alias exactly where the tensors do
+    if call.outputs()[0] is not target:
+        flow.set(call.outputs()[0], mine)
