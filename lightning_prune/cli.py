@@ -111,16 +111,15 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    import rich
-
     from .channels import trace_channels
     from .profiling import profile
 
     model, example = load_model(arguments.model).eval(), _example(arguments.input_shape)
     graph = trace_channels(model, example)
-    rich.print(graph.table())
+    print(graph.table())
     if arguments.profile:
-        rich.print(profile(model, example).table())
+        print()
+        print(profile(model, example).table())
     return 0
 
 
@@ -139,9 +138,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    from .api import prune_channels
+    from . import prune_channels
     from .compaction import save_compact
-    from .report import human
 
     out = Path(arguments.out)
     if out.exists() and not arguments.force:
@@ -155,12 +153,8 @@ def _prune(arguments: argparse.Namespace) -> int:
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     save_compact(result.model, result.plan, out)
-    report = result.report
-    print(
-        f"MACs {human(report.macs_dense)} -> {human(report.macs_compact)}, "
-        f"parameters {human(report.params_dense)} -> {human(report.params_compact)}, "
-        f"compact equals masked to {report.max_relative_error:.1e}\nwritten: {out}"
-    )
+    print(result.report.table())
+    print(f"written: {out}")
     return 0
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .inputs import ExampleInputs, call_model
 from .latency import evaluating
+from .report import to_text
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Profile:
     activation_bytes: int
     layers: tuple[LayerProfile, ...]
 
-    def table(self) -> Table:
-        """A rich table, one row per layer and the totals below; print it with ``rich.print``."""
+    def table(self) -> str:
+        """Text, one row per layer and the totals below."""
         table = Table(title="Profile", show_footer=True)
         table.add_column("layer", footer="total")
         table.add_column("type")
@@ -75,7 +76,7 @@ class Profile:
                 f"{layer.macs:,}",
                 f"{layer.activation_bytes:,}",
             )
-        return table
+        return to_text(table)
 
 
 @dataclass

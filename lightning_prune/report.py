@@ -5,14 +5,57 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+from .files import write_atomically
+
 VARIANTS = ("dense", "masked", "compact")
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What pruning did to a network.
+
+    Attributes:
+        macs_dense: multiply-accumulates of one sample before.
+        macs_compact: the same after.
+        params_dense: parameters before.
+        params_compact: parameters after.
+        max_relative_error: largest difference of compact and masked outputs on the example input, relative to the
+            largest output.
+        widths: group -> (live channels, channels before).
+    """
+
+    macs_dense: int
+    macs_compact: int
+    params_dense: int
+    params_compact: int
+    max_relative_error: float
+    widths: Mapping[str, tuple[int, int]]
+
+    def table(self) -> str:
+        """Totals and live channels per group, as text."""
+        table = widths_table("", self.widths)
+        table.caption = (
+            f"MACs {human(self.macs_dense)} -> {_share(self.macs_compact, self.macs_dense)}, "
+            f"parameters {human(self.params_dense)} -> {_share(self.params_compact, self.params_dense)}, "
+            f"compact equals masked to {self.max_relative_error:.1e}"
+        )
+        return to_text(table)
+
+
+def to_text(table: Table, width: int = 120) -> str:
+    """A rich table as plain text without colours, at most ``width`` characters wide."""
+    console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip("\n")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
@@ -29,23 +72,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
         ValueError: a number is not finite.
         TypeError: a value that JSON cannot hold.
     """
-    target = Path(path)
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return target
+    return write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def human(number: float) -> str:

@@ -8,27 +8,26 @@ import os
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from rich.table import Table
 
-from lightning_prune.report import comparison_table, human, mean_and_spread, widths_table, write_json
-
-
-def _text(table: Table) -> str:
-    console = Console(width=200, force_terminal=False)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
+from lightning_prune.report import (
+    PruneReport,
+    comparison_table,
+    human,
+    mean_and_spread,
+    to_text,
+    widths_table,
+    write_json,
+)
 
 
 def test_json_round_trip_in_a_new_folder(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a" / "b.json", {"x": [1, 2.5], "y": None})
-    assert json.loads(path.read_text()) == {"x": [1, 2.5], "y": None}
+    assert json.loads(path.readto_text()) == {"x": [1, 2.5], "y": None}
     assert os.listdir(path.parent) == ["b.json"]
 
 
 def test_json_is_as_readable_as_any_new_file(tmp_path: Path) -> None:
-    (tmp_path / "plain").write_text("x")
+    (tmp_path / "plain").writeto_text("x")
     assert write_json(tmp_path / "x.json", 1).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
@@ -37,7 +36,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, bad
     path = write_json(tmp_path / "x.json", {"old": 1})
     with pytest.raises((ValueError, TypeError)):
         write_json(path, {"new": bad})
-    assert json.loads(path.read_text()) == {"old": 1}
+    assert json.loads(path.readto_text()) == {"old": 1}
     assert os.listdir(tmp_path) == ["x.json"]
 
 
@@ -50,7 +49,7 @@ def test_a_failed_rename_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="disk gone"):
         write_json(path, {"new": 1})
-    assert json.loads(path.read_text()) == {"old": 1}
+    assert json.loads(path.readto_text()) == {"old": 1}
     assert os.listdir(tmp_path) == ["x.json"]
 
 
@@ -79,7 +78,7 @@ def test_comparison_table_states_shares_and_speedups() -> None:
         "masked": row([0.9, 0.9, 0.9], 1000, 2_000_000, 2.0, 30.0),
         "compact": row([0.9, 0.9, 0.9], 250, 1_000_000, 1.0, 10.0),
     }
-    lines = _text(comparison_table("T", metrics)).splitlines()
+    lines = to_text(comparison_table("T", metrics)).splitlines()
     dense = next(line for line in lines if " dense " in line)
     compact = next(line for line in lines if " compact " in line)
     header = next(line for line in lines if "network" in line)
@@ -92,9 +91,18 @@ def test_comparison_table_states_shares_and_speedups() -> None:
 
 
 def test_widths_table() -> None:
-    lines = _text(widths_table("W", {"conv1": (8, 16), "conv2": (0, 4)})).splitlines()
+    lines = to_text(widths_table("W", {"conv1": (8, 16), "conv2": (0, 4)})).splitlines()
     first = next(line for line in lines if "conv1" in line)
     assert "8" in first
     assert "16" in first
     assert first.count("█") == 10
     assert "█" not in next(line for line in lines if "conv2" in line)
+
+
+def test_prune_report_table() -> None:
+    report = PruneReport(2_000_000, 900_000, 1000, 300, 2e-7, {"conv": (3, 8)})
+    text = report.table()
+    assert "conv" in text
+    assert "900 k (45 %)" in text
+    assert "300 (30 %)" in text
+    assert "2.0e-07" in text
