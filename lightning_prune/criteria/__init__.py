@@ -1,0 +1,10 @@
+"""Saliency criteria: how much each channel matters, from the weights alone.
+
+Every criterion is a function ``(model, graph, seed) -> saliency`` of shape [graph.num_channels]; larger means keep. The
+selector in ``budget`` turns any saliency into a mask that meets a budget.
+"""
+
+from .base import CRITERIA, Criterion, criterion, saliency
+from . import baselines, magnitude  # noqa: F401  (register themselves)
+
+__all__ = ["CRITERIA", "Criterion", "criterion", "saliency"]

@@ -1,0 +1,122 @@
+"""From saliency to a mask under a budget: a knapsack whose item prices change as layers shrink."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .channels.groups import ChannelGraph, Mask
+from .cost import CostModel
+from .errors import BudgetError
+
+Floats = npt.NDArray[np.float64]
+
+
+def floor_mask(graph: ChannelGraph, saliency: Floats, min_channels: int, round_to: int) -> Mask:
+    """The smallest mask allowed: in every group its ``min_channels`` (rounded up) most salient channels."""
+    mask = np.zeros(graph.num_channels, dtype=bool)
+    for group in graph.groups:
+        keep = min(group.size, -(-max(min_channels, 1) // round_to) * round_to)
+        mask[group.start + _ranked(saliency[group.ids])[:keep]] = True
+    return mask
+
+
+def _ranked(values: Floats) -> npt.NDArray[np.int64]:
+    """Indices by falling value; ties in index order, so that every rank of a distributed run agrees."""
+    return np.argsort(-values, kind="stable")
+
+
+def select_channels(
+    graph: ChannelGraph,
+    saliency: Floats,
+    cost: CostModel,
+    target: float,
+    *,
+    min_channels: int = 1,
+    round_to: int = 1,
+    cost_aware: float = 0.0,
+    eligible: Mask | None = None,
+) -> Mask:
+    """Keep the most salient channels whose cost is at most ``target * cost.dense``, and as close to it as possible.
+
+    Removes the channels with the lowest ``saliency / marginal_cost**cost_aware`` in small rounds, pricing anew after each
+    (a layer's channels get cheaper as its neighbours shrink); then puts back, most salient first, whatever still fits.
+
+    Args:
+        graph: the traced network.
+        saliency: shape [num_channels], larger means keep.
+        cost: prices masks.
+        target: fraction of the dense cost to stay under, in (0, 1].
+        min_channels: at least so many channels stay in every group.
+        round_to: live widths are multiples of this (or the whole group).
+        cost_aware: 0 ranks by saliency alone, 1 by saliency per cost (the knapsack density).
+        eligible: bool mask of channels that may stay; others are removed first, unless ``min_channels`` needs them.
+
+    Returns:
+        bool mask, True = live.
+
+    Raises:
+        BudgetError: even the smallest allowed widths cost more.
+    """
+    values = np.asarray(saliency, np.float64)
+    if eligible is not None:
+        values = np.where(eligible, values, values.min() - 1.0 - np.abs(values).max())
+    limit = target * cost.dense
+    floor = floor_mask(graph, values, min_channels, round_to)
+    lowest = cost.cost(floor)
+    if lowest > limit:
+        raise BudgetError(
+            f"target={target:g} of the {cost.metric} cannot be reached: with min_channels={min_channels} and "
+            f"round_to={round_to} the smallest network has {lowest / cost.dense:.4f} of them. Raise target, lower "
+            "min_channels or include more layers."
+        )
+    mask = np.ones(graph.num_channels, dtype=bool)
+    if eligible is not None:
+        mask = eligible | floor
+    order_within = np.concatenate([np.argsort(_ranked(values[g.ids]), kind="stable") for g in graph.groups]) if len(graph) else values
+    while (now := cost.cost(mask)) > limit:
+        removable = np.flatnonzero(mask & ~floor)
+        price = np.maximum(cost.marginal(mask)[removable], 1e-12)
+        score = values[removable] / price**cost_aware if cost_aware else values[removable]
+        # ties (and the discarded channels at the bottom) go by rank within their group
+        order = removable[np.lexsort((-order_within[removable], score))]
+        savings = np.cumsum(np.maximum(cost.marginal(mask)[order], 0.0))
+        chunk = int(np.searchsorted(savings, max((now - limit) * 0.25, 0.0))) + 1
+        mask[order[:chunk]] = False
+    mask = _round_down(graph, values, mask, floor, round_to)
+    return _fill_up(graph, values, cost, limit, mask, round_to, eligible)
+
+
+def _round_down(graph: ChannelGraph, values: Floats, mask: Mask, floor: Mask, round_to: int) -> Mask:
+    if round_to == 1:
+        return mask
+    mask = mask.copy()
+    for group in graph.groups:
+        live = int(mask[group.ids].sum())
+        keep = group.size if live == group.size else max(live // round_to * round_to, int(floor[group.ids].sum()))
+        ranked = np.flatnonzero(mask[group.ids])
+        ranked = ranked[_ranked(values[group.ids][ranked])]
+        mask[group.start + ranked[keep:]] = False
+    return mask
+
+
+def _fill_up(
+    graph: ChannelGraph, values: Floats, cost: CostModel, limit: float, mask: Mask, round_to: int, eligible: Mask | None
+) -> Mask:
+    """Put removed channels back, most salient first, in blocks of ``round_to``, while the budget allows."""
+    mask = mask.copy()
+    group_of = graph.group_of()
+    allowed = np.ones_like(mask) if eligible is None else eligible
+    for channel in _ranked(values):
+        if mask[channel] or not allowed[channel]:
+            continue
+        group = graph.groups[group_of[channel]]
+        candidates = group.start + np.flatnonzero(~mask[group.ids] & allowed[group.ids])
+        block = candidates[_ranked(values[candidates])][:round_to]
+        if len(block) < round_to and int(mask[group.ids].sum()) + len(block) != group.size:
+            continue
+        trial = mask.copy()
+        trial[block] = True
+        if cost.cost(trial) <= limit:
+            mask = trial
+    return mask
