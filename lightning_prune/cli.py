@@ -240,6 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, PruneError, ValueError, ModuleNotFoundError) as error:
         print(f"lightning-prune {arguments.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

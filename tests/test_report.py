@@ -22,12 +22,12 @@ from lightning_prune.report import (
 
 def test_json_round_trip_in_a_new_folder(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a" / "b.json", {"x": [1, 2.5], "y": None})
-    assert json.loads(path.readto_text()) == {"x": [1, 2.5], "y": None}
+    assert json.loads(path.read_text()) == {"x": [1, 2.5], "y": None}
     assert os.listdir(path.parent) == ["b.json"]
 
 
 def test_json_is_as_readable_as_any_new_file(tmp_path: Path) -> None:
-    (tmp_path / "plain").writeto_text("x")
+    (tmp_path / "plain").write_text("x")
     assert write_json(tmp_path / "x.json", 1).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
@@ -36,7 +36,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, bad
     path = write_json(tmp_path / "x.json", {"old": 1})
     with pytest.raises((ValueError, TypeError)):
         write_json(path, {"new": bad})
-    assert json.loads(path.readto_text()) == {"old": 1}
+    assert json.loads(path.read_text()) == {"old": 1}
     assert os.listdir(tmp_path) == ["x.json"]
 
 
@@ -49,7 +49,7 @@ def test_a_failed_rename_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="disk gone"):
         write_json(path, {"new": 1})
-    assert json.loads(path.readto_text()) == {"old": 1}
+    assert json.loads(path.read_text()) == {"old": 1}
     assert os.listdir(tmp_path) == ["x.json"]
 
 
