@@ -1,0 +1,108 @@
+// Plain parameter structs shared by the torch-free kernels and the thin bindings. Strides are in elements.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LP_HD __host__ __device__ __forceinline__
+#else
+#define LP_HD inline
+#endif
+
+namespace lp {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4, gelu = 5, sigmoid = 6 };
+
+// Geometry of one convolution. `channels`/`outputs` are those of the full (unrestricted) weight.
+struct ConvShape {
+  int64_t n, channels, height, width;
+  int64_t outputs, kh, kw, out_h, out_w;
+  int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
+};
+
+// A four-dimensional view: data pointer and strides of (n, c, h, w).
+struct View {
+  void* data;
+  int64_t n, c, h, w;
+};
+
+// A sorted or free list of channel indices; `index == nullptr` means 0, 1, ..., count-1.
+struct IndexList {
+  const int64_t* index;
+  int64_t count;
+  LP_HD int64_t operator[](int64_t i) const { return index ? index[i] : i; }
+};
+
+// Packed weights: per group, panels of 16 outputs; a last panel of 1..8 outputs is 8 wide. Inside a panel the order is
+// (kh, kw, input channel of the group, lane); lanes past the last output are zero. Depthwise: (kh, kw, output).
+constexpr int64_t kPanel = 16;
+
+LP_HD int64_t packed_width(int64_t outputs) {
+  const int64_t rest = outputs % kPanel;
+  return outputs - rest + (rest == 0 ? 0 : rest <= 8 ? 8 : kPanel);
+}
+
+LP_HD int64_t packed_size(int64_t outputs, int64_t channels_per_group, int64_t taps, int64_t groups) {
+  if (channels_per_group == 1 && groups > 1) return taps * outputs;
+  return groups * packed_width(outputs / groups) * channels_per_group * taps;
+}
+
+// Position of weight[o, c, tap] in the packed tensor (o over all groups, c inside the group).
+LP_HD int64_t packed_offset(int64_t o, int64_t c, int64_t tap, int64_t outputs, int64_t channels_per_group, int64_t taps,
+                            int64_t groups) {
+  if (channels_per_group == 1 && groups > 1) return tap * outputs + o;
+  const int64_t per_group = outputs / groups, g = o / per_group, local = o % per_group;
+  const int64_t depth = channels_per_group * taps, width = packed_width(per_group);
+  const int64_t panel = local / kPanel, lanes = width - panel * kPanel < kPanel ? 8 : kPanel;
+  return g * width * depth + panel * kPanel * depth + (tap * channels_per_group + c) * lanes + local % kPanel;
+}
+
+// What a CPU kernel needs from its caller: threads and scratch memory. `parallel` splits [0, n) over the caller's pool;
+// `alloc` is only called from the calling thread and its memory lives until the caller frees the whole call's scratch.
+struct Env {
+  int threads;
+  void (*parallel)(int64_t n, void (*body)(int64_t begin, int64_t end, void* ctx), void* ctx);
+  void* (*alloc)(void* owner, size_t bytes);
+  void* owner;
+};
+
+struct MaskedForward {
+  ConvShape shape;
+  DType dtype;
+  View x, y;
+  View weight;  // (o, c, kh, kw)
+  const void* bias;
+  const void* gate;
+  IndexList live_in, live_out;
+  Act act;
+};
+
+// `saved` is the forward output (none, relu, relu6, sigmoid) or the value before the activation (the others).
+struct MaskedBackward {
+  ConvShape shape;
+  DType dtype;
+  View grad_y, saved, x, weight;
+  const void* bias;
+  const void* gate;
+  IndexList live_in, live_out;
+  Act act;
+  View grad_x;  // data == nullptr: not wanted; all gradients arrive zero-filled
+  void* grad_weight;  // contiguous
+  void* grad_bias;
+  void* grad_gate;
+};
+
+// act(scatter(conv + bias) + residual). `dtype` is that of x, residual, y; packed/bias are float32 (float64 for f64).
+struct CompactForward {
+  ConvShape shape;  // channels = conv inputs (length of in_index), outputs = conv outputs
+  DType dtype;
+  View x, residual, y;  // residual.data == nullptr: none
+  const void* packed;
+  const void* bias;
+  IndexList in_index, out_index;
+  int64_t y_channels;
+  Act act;
+};
+
+}  // namespace lp

@@ -1,0 +1,271 @@
+// Direct convolution: register tiles of MR pixels by P panels of 16 outputs over a staged channels-last band.
+// Included once per instruction set (see simd.h).
+
+template <class T>
+using TileFn = void (*)(const T* const* pixel, const int64_t* run_at, const int64_t* run_length, int runs, const T* weight,
+                        int64_t panel_stride, T* out);
+
+// GCC spills accumulators that are indexed in a loop; a fold over constant indices keeps them in registers.
+template <class T, int Bytes, int W, int P, int MR, int... I>
+static inline __attribute__((always_inline)) void tile_body(const T* const* pixel, const int64_t* run_at,
+                                                            const int64_t* run_length, int runs, const T* weight,
+                                                            int64_t panel_stride, T* out,
+                                                            std::integer_sequence<int, I...>) {
+  using V = typename Simd<T, Bytes>::reg;
+  using M = typename Simd<T, Bytes>::mem;
+  constexpr int L = Simd<T, Bytes>::lanes, per_panel = W / L, NV = per_panel * P;
+  V acc[MR * NV] = {};
+  const T* panel[P];
+  for (int i = 0; i < P; ++i) panel[i] = weight + i * panel_stride;
+  for (int r = 0; r < runs; ++r) {
+    const int64_t at = run_at[r], length = run_length[r];
+    const T* x[MR];
+    for (int j = 0; j < MR; ++j) x[j] = pixel[j] + at;
+    for (int64_t k = 0; k < length; ++k) {
+      V b[NV];
+      for (int v = 0; v < NV; ++v) b[v] = *reinterpret_cast<const M*>(panel[v / per_panel] + v % per_panel * L);
+      ((acc[I] += x[I / NV][k] * b[I % NV]), ...);
+      for (int i = 0; i < P; ++i) panel[i] += W;
+    }
+  }
+  ((*reinterpret_cast<M*>(out + I / NV * (P * W) + I % NV * L) = acc[I]), ...);
+}
+
+template <class T, int Bytes, int W, int P, int MR>
+static void tile(const T* const* pixel, const int64_t* run_at, const int64_t* run_length, int runs, const T* weight,
+                 int64_t panel_stride, T* out) {
+  constexpr int NV = W / Simd<T, Bytes>::lanes * P;
+  tile_body<T, Bytes, W, P, MR>(pixel, run_at, run_length, runs, weight, panel_stride, out,
+                                std::make_integer_sequence<int, MR * NV>());
+}
+
+// Depthwise: pixels by one block of 16 channels; `weight` strides by panel_stride from tap to tap.
+template <class T, int Bytes, int MR, int... I>
+static inline __attribute__((always_inline)) void depthwise_body(const T* const* pixel, const int64_t* tap_at, int taps,
+                                                                 const T* weight, int64_t tap_stride, T* out,
+                                                                 std::integer_sequence<int, I...>) {
+  using V = typename Simd<T, Bytes>::reg;
+  using M = typename Simd<T, Bytes>::mem;
+  constexpr int L = Simd<T, Bytes>::lanes, NV = int(kPanel) / L;
+  V acc[MR * NV] = {};
+  for (int t = 0; t < taps; ++t, weight += tap_stride) {
+    V w[NV];
+    for (int v = 0; v < NV; ++v) w[v] = *reinterpret_cast<const M*>(weight + v * L);
+    ((acc[I] += *reinterpret_cast<const M*>(pixel[I / NV] + tap_at[t] + I % NV * L) * w[I % NV]), ...);
+  }
+  ((*reinterpret_cast<M*>(out + I / NV * kPanel + I % NV * L) = acc[I]), ...);
+}
+
+template <class T, int Bytes, int W, int MR>
+static void depthwise_tile(const T* const* pixel, const int64_t* tap_at, const int64_t*, int taps, const T* weight,
+                           int64_t tap_stride, T* out) {
+  constexpr int NV = int(kPanel) / Simd<T, Bytes>::lanes;
+  depthwise_body<T, Bytes, MR>(pixel, tap_at, taps, weight, tap_stride, out, std::make_integer_sequence<int, MR * NV>());
+}
+
+// Pixels per tile by vectors per row: as many accumulators as the register file holds beside the operands.
+constexpr int max_rows(int vectors) {
+  return LP_REGISTERS == 32 ? (vectors == 1 ? 14 : vectors == 2 ? 14 : vectors == 3 ? 8 : 6)
+                            : (vectors == 1 ? 12 : vectors == 2 ? 6 : vectors <= 4 ? 3 : 1);
+}
+
+template <class T, int W>
+constexpr int vector_bytes() {
+  return LP_VECTOR_BYTES < W * int(sizeof(T)) ? LP_VECTOR_BYTES : W * int(sizeof(T));
+}
+
+template <class T>
+struct TileSet {
+  int max;
+  TileFn<T> fn[15];  // by pixel count; counts without a tile of their own use the next larger one
+};
+
+template <class T, int W, int P, int MR>
+static void fill_tiles(TileSet<T>& set) {
+  constexpr int bytes = vector_bytes<T, W>(), limit = max_rows(W / Simd<T, bytes>::lanes * P);
+  if constexpr (MR <= limit) {
+    if constexpr (MR == limit || MR % 2 == 0 || MR == 1) set.fn[MR] = tile<T, bytes, W, P, MR>;
+    set.max = MR;
+    fill_tiles<T, W, P, MR + 1>(set);
+    if (!set.fn[MR]) set.fn[MR] = set.fn[MR + 1];
+  }
+}
+
+template <class T, int W, int P>
+static const TileSet<T>& tiles() {
+  static const TileSet<T> set = [] {
+    TileSet<T> s{};
+    fill_tiles<T, W, P, 1>(s);
+    return s;
+  }();
+  return set;
+}
+
+template <class T>
+static const TileSet<T>& depthwise_tiles() {
+  constexpr int bytes = LP_VECTOR_BYTES;
+  static const TileSet<T> set = [] {
+    TileSet<T> s{};
+    s.max = 4;
+    s.fn[1] = depthwise_tile<T, bytes, int(kPanel), 1>;
+    s.fn[2] = depthwise_tile<T, bytes, int(kPanel), 2>;
+    s.fn[3] = s.fn[4] = depthwise_tile<T, bytes, int(kPanel), 4>;
+    return s;
+  }();
+  return set;
+}
+
+// Where a task's pixels read and write.
+template <class T>
+struct PixelTable {
+  const T** in;
+  int64_t* out;
+  int64_t* residual;
+};
+
+// Affine, residual, activation on a tile in L1, then the store in the output's own layout and type.
+template <class S, class T>
+static void epilogue(const TapConv& p, T* tile_out, int64_t ld, const PixelTable<T>& table, int64_t pixel0, int64_t pixels,
+                     int64_t first, int64_t count) {
+  const T* scale = p.scale ? static_cast<const T*>(p.scale) + first : nullptr;
+  const T* shift = p.shift ? static_cast<const T*>(p.shift) + first : nullptr;
+  const int64_t* channel = p.out_channel + first;
+  const bool consecutive = is_run(channel, count);
+  for (int64_t j = 0; j < pixels; ++j) {
+    T* row = tile_out + j * ld;
+    if (scale)
+      for (int64_t o = 0; o < count; ++o) row[o] *= scale[o];
+    if (shift)
+      for (int64_t o = 0; o < count; ++o) row[o] += shift[o];
+    if (p.residual.data) {
+      const S* residual = static_cast<const S*>(p.residual.data) + table.residual[pixel0 + j];
+      for (int64_t o = 0; o < count; ++o) row[o] += to_acc(residual[channel[o] * p.residual.c]);
+    }
+  }
+  with_act(p.act, [&](auto act) {
+    if constexpr (decltype(act)::value != Act::none) {
+      const int64_t width = (count + 7) / 8 * 8;
+      for (int64_t j = 0; j < pixels; ++j)
+        for (int64_t o = 0; o < width; ++o) tile_out[j * ld + o] = activate<decltype(act)::value>(tile_out[j * ld + o]);
+    }
+  });
+  S* out = static_cast<S*>(p.out.data);
+  if (p.out.c == 1) {
+    for (int64_t j = 0; j < pixels; ++j) {
+      const T* row = tile_out + j * ld;
+      S* dst = out + table.out[pixel0 + j];
+      if (consecutive) {
+        dst += channel[0];
+        for (int64_t o = 0; o < count; ++o) from_acc(row[o], dst[o]);
+      } else {
+        for (int64_t o = 0; o < count; ++o) from_acc(row[o], dst[channel[o]]);
+      }
+    }
+    return;
+  }
+  for (int64_t o = 0; o < count; ++o) {
+    S* plane = out + channel[o] * p.out.c;
+    for (int64_t j = 0; j < pixels; ++j) from_acc(tile_out[j * ld + o], plane[table.out[pixel0 + j]]);
+  }
+}
+
+template <class S, class T>
+static void run_panels(const TapConv& p, const TileSet<T>& set, const T* weight, int64_t panel_stride, const int64_t* run_at,
+                       const int64_t* run_length, int runs, const PixelTable<T>& table, int64_t pixels, int64_t first,
+                       int64_t count, int64_t ld) {
+  T out[14 * 3 * kPanel] __attribute__((aligned(64)));
+  const int64_t tiles = (pixels + set.max - 1) / set.max;
+  const T* pointer[14];
+  for (int64_t t = 0; t < tiles; ++t) {
+    // Even shares instead of full tiles and a stump.
+    const int64_t begin = pixels * t / tiles, size = pixels * (t + 1) / tiles - begin;
+    for (int j = 0; j < 14; ++j) pointer[j] = table.in[begin + std::min<int64_t>(j, size - 1)];
+    set.fn[size](pointer, run_at, run_length, runs, weight, panel_stride, out);
+    epilogue<S, T>(p, out, ld, table, begin, size, first, count);
+  }
+}
+
+template <class S>
+static void conv(const TapConv& p, const Env& env) {
+  using T = typename AccOf<S>::type;
+  if (p.n == 0 || p.rows == 0 || p.cols == 0) return;
+  const Bands b = make_bands(p, sizeof(T), env.threads);
+  const int64_t staged_bytes = round_up((staged_elements(b) + 64) * int64_t(sizeof(T)), 64);
+  const int64_t slot_bytes = staged_bytes + round_up(b.pixels * 24, 64) + round_up(int64_t(p.taps + 1) * 16, 64);
+  const int64_t slots = std::min<int64_t>(env.threads, b.tasks);
+  char* scratch = aligned(static_cast<char*>(env.alloc(env.owner, size_t(slots * slot_bytes + 64))));
+  run_tasks(env, b.tasks, [&](int slot, int64_t index) {
+    char* base = scratch + slot * slot_bytes;
+    T* staged = reinterpret_cast<T*>(base);
+    int64_t* numbers = reinterpret_cast<int64_t*>(base + staged_bytes);
+    PixelTable<T> table{reinterpret_cast<const T**>(numbers), numbers + b.pixels, numbers + 2 * b.pixels};
+    int64_t* run_at = reinterpret_cast<int64_t*>(base + staged_bytes + round_up(b.pixels * 24, 64));
+    int64_t* run_length = run_at + p.taps + 1;
+    const Task t = task_at(p, b, index);
+    const int64_t inputs = p.in_begin[t.group + 1] - p.in_begin[t.group];
+    const int64_t first = p.out_begin[t.group], outputs = p.out_begin[t.group + 1] - first;
+    if (outputs == 0) return;
+    const int64_t ld = p.depthwise ? round_up(inputs, kPanel) : inputs;
+    // A 1x1 convolution of an unpadded channels-last input reads in place.
+    const int64_t* channel = p.in_channel + p.in_begin[t.group];
+    bool in_place = std::is_same_v<S, T> && !p.depthwise && p.taps == 1 && p.x.c == 1 && inputs > 0 && p.tap_h[0] >= 0 &&
+                    p.tap_w[0] >= 0 && (p.rows - 1) * p.step_h + p.tap_h[0] < p.height &&
+                    (p.cols - 1) * p.step_w + p.tap_w[0] < p.width && is_run(channel, inputs);
+    if (!in_place) stage_task<S, T>(staged, p, b, t, ld);
+    const int64_t staged_rows = (t.rows - 1) * b.pixel_step_h + b.extent_h;
+    int64_t pixels = 0;
+    for (int64_t i = 0; i < t.images; ++i)
+      for (int64_t r = 0; r < t.rows; ++r)
+        for (int64_t c = 0; c < p.cols; ++c, ++pixels) {
+          const int64_t n = t.image0 + i, row = t.row0 + r;
+          table.in[pixels] =
+              in_place ? reinterpret_cast<const T*>(p.x.data) + n * p.x.n + (row * p.step_h + p.tap_h[0]) * p.x.h +
+                             (c * p.step_w + p.tap_w[0]) * p.x.w + channel[0]
+                       : staged + ((i * staged_rows + r * b.pixel_step_h) * b.staged_cols + c * b.pixel_step_w) * ld;
+          table.out[pixels] = n * p.out.n + row * p.out.h + c * p.out.w;
+          table.residual[pixels] = n * p.residual.n + row * p.residual.h + c * p.residual.w;
+        }
+    const T* weight = static_cast<const T*>(p.weight) + p.weight_begin[t.group];
+    int runs = 0;
+    for (int k = 0; k < p.taps; ++k) {
+      const int64_t at = ((p.tap_h[k] - b.min_h) * b.staged_cols + p.tap_w[k] - b.min_w) * ld;
+      if (!p.depthwise && runs > 0 && run_at[runs - 1] + run_length[runs - 1] == at) {
+        run_length[runs - 1] += ld;
+      } else {
+        run_at[runs] = at;
+        run_length[runs++] = ld;
+      }
+    }
+    if (p.depthwise) {
+      for (int64_t o = 0; o < outputs; o += kPanel) {
+        run_panels<S, T>(p, depthwise_tiles<T>(), weight + o, ld, run_at, run_length, runs, table, pixels, first + o,
+                         std::min(kPanel, outputs - o), kPanel);
+        for (int64_t j = 0; j < pixels; ++j) table.in[j] += kPanel;
+      }
+      return;
+    }
+    const int64_t depth = int64_t(p.taps) * inputs, rest = outputs % kPanel;
+    const int64_t full = outputs / kPanel + (rest > 8);
+    for (int64_t panel = 0; panel < full;) {
+      int64_t take = 1;
+      const TileSet<T>* set = &tiles<T, 16, 1>();
+      if constexpr (LP_REGISTERS == 32 && sizeof(T) == 4) {
+        if (full - panel == 3) {
+          take = 3;
+          set = &tiles<T, 16, 3>();
+        } else if (full - panel >= 2) {
+          take = 2;
+          set = &tiles<T, 16, 2>();
+        }
+      }
+      const int64_t o = panel * kPanel;
+      run_panels<S, T>(p, *set, weight + o * depth, kPanel * depth, run_at, run_length, runs, table, pixels, first + o,
+                       std::min(take * kPanel, outputs - o), take * kPanel);
+      panel += take;
+    }
+    if (rest > 0 && rest <= 8) {
+      const int64_t o = outputs - rest;
+      run_panels<S, T>(p, tiles<T, 8, 1>(), weight + o * depth, 0, run_at, run_length, runs, table, pixels, first + o, rest, 8);
+    }
+  });
+}

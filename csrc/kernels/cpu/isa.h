@@ -1,0 +1,37 @@
+// Everything that is compiled per instruction set, in a namespace of its own and with internal linkage.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "tap_conv.h"
+
+#define LP_JOIN2(a, b) a##b
+#define LP_JOIN(a, b) LP_JOIN2(a, b)
+#define LP_STRING2(a) #a
+#define LP_STRING(a) LP_STRING2(a)
+
+namespace lp {
+namespace {
+namespace LP_ISA {
+#include "simd.h"
+// clang-format off: each header builds on the one before
+#include "stage.h"
+#include "conv.h"
+#include "weight_grad.h"
+// clang-format on
+}  // namespace LP_ISA
+}  // namespace
+
+const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
+  static const CpuKernels table = {LP_STRING(LP_ISA),
+                                   {LP_ISA::conv<float>, LP_ISA::conv<double>, LP_ISA::conv<LP_ISA::bf16>, LP_ISA::conv<LP_ISA::f16>},
+                                   {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
+                                   {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>}};
+  return table;
+}
+
+}  // namespace lp

@@ -1,0 +1,348 @@
+// Masked convolution on the CPU: restricts channel lists and packed weights to live channels, then runs the tap kernels.
+#include "driver.h"
+
+namespace lp {
+namespace {
+
+template <class T>
+T weight_at(const View& w, int64_t o, int64_t c, int64_t kh, int64_t kw) {
+  return static_cast<const T*>(w.data)[o * w.n + c * w.c + kh * w.h + kw * w.w];
+}
+
+TapConv forward_geometry(const ConvShape& s, const View& x, const Taps& taps) {
+  TapConv p{};
+  p.x = x;
+  p.n = s.n;
+  p.height = s.height;
+  p.width = s.width;
+  p.taps = taps.count;
+  p.tap_h = taps.h;
+  p.tap_w = taps.w;
+  p.rows = s.out_h;
+  p.cols = s.out_w;
+  p.step_h = s.stride_h;
+  p.step_w = s.stride_w;
+  return p;
+}
+
+void use_lists(TapConv& p, const ChannelLists& in, const ChannelLists& out) {
+  p.groups = out.groups;
+  p.in_channel = in.ids;
+  p.in_begin = in.begin;
+  p.out_channel = out.ids;
+  p.out_begin = out.begin;
+}
+
+const uint8_t* live_mask(const Env& env, const IndexList& live, int64_t channels) {
+  uint8_t* mask = scratch<uint8_t>(env, channels);
+  std::memset(mask, 0, size_t(channels));
+  for (int64_t i = 0; i < live.count; ++i) mask[live[i]] = 1;
+  return mask;
+}
+
+// Depthwise outputs whose input channel is alive, as chunks, with that input beside each; `rest` are the others.
+struct DepthwiseLists {
+  ChannelLists in, out, rest;
+};
+
+DepthwiseLists depthwise_lists(const Env& env, const ConvShape& s, const IndexList& live_in, const IndexList& live_out) {
+  const uint8_t* alive = live_mask(env, live_in, s.channels);
+  const int64_t multiplier = s.outputs / s.groups;
+  int64_t count = 0, rest = 0;
+  for (int64_t i = 0; i < live_out.count; ++i) (alive[live_out[i] / multiplier] ? count : rest) += 1;
+  const int groups = int((count + kDepthwiseChunk - 1) / kDepthwiseChunk);
+  DepthwiseLists d{make_lists(env, count, groups), make_lists(env, count, groups), make_lists(env, rest, 1)};
+  int64_t a = 0, b = 0;
+  for (int64_t i = 0; i < live_out.count; ++i) {
+    const int64_t o = live_out[i];
+    if (alive[o / multiplier]) {
+      d.in.ids[a] = o / multiplier;
+      d.out.ids[a++] = o;
+    } else {
+      d.rest.ids[b++] = o;
+    }
+  }
+  cut_chunks(d.in, count, kDepthwiseChunk);
+  cut_chunks(d.out, count, kDepthwiseChunk);
+  d.rest.begin[1] = rest;
+  return d;
+}
+
+template <class T>
+struct Affine {
+  T* scale = nullptr;
+  T* shift = nullptr;
+};
+
+template <class T>
+Affine<T> make_affine(const Env& env, const void* bias, const void* gate, const int64_t* ids, int64_t count) {
+  Affine<T> a;
+  if (gate) a.scale = scratch<T>(env, count);
+  if (bias) a.shift = scratch<T>(env, count);
+  for (int64_t i = 0; i < count; ++i) {
+    const T g = gate ? static_cast<const T*>(gate)[ids[i]] : T(1);
+    if (gate) a.scale[i] = g;
+    if (bias) a.shift[i] = g * static_cast<const T*>(bias)[ids[i]];
+  }
+  return a;
+}
+
+// Depthwise weights for chunked lists: per chunk (tap, channel padded to a panel); optional scale per output.
+template <class T>
+void pack_depthwise(TapConv& p, const Env& env, const View& w, const Taps& taps, const ChannelLists& outs, const T* gate) {
+  int64_t* begin = scratch<int64_t>(env, outs.groups + 1);
+  begin[0] = 0;
+  for (int g = 0; g < outs.groups; ++g) begin[g + 1] = begin[g] + (outs.size(g) + kPanel - 1) / kPanel * kPanel * taps.count;
+  T* packed = scratch<T>(env, begin[outs.groups]);
+  std::memset(packed, 0, size_t(begin[outs.groups]) * sizeof(T));
+  for (int g = 0; g < outs.groups; ++g) {
+    const int64_t width = (outs.size(g) + kPanel - 1) / kPanel * kPanel;
+    for (int t = 0; t < taps.count; ++t)
+      for (int64_t i = 0; i < outs.size(g); ++i) {
+        const int64_t o = outs.ids[outs.begin[g] + i];
+        packed[begin[g] + t * width + i] = weight_at<T>(w, o, 0, taps.kh[t], taps.kw[t]) * (gate ? gate[o] : T(1));
+      }
+  }
+  p.weight = packed;
+  p.weight_begin = begin;
+  p.depthwise = true;
+}
+
+const int64_t* tap_offsets(const Env& env, const View& w, const Taps& taps) {
+  int64_t* at = scratch<int64_t>(env, taps.count);
+  for (int t = 0; t < taps.count; ++t) at[t] = taps.kh[t] * w.h + taps.kw[t] * w.w;
+  return at;
+}
+
+// Panels per group: lanes are outputs (forward) or inputs (`flip`, the input gradient, scaled by the output's gate).
+template <class T>
+void pack_panels(TapConv& p, const Env& env, const ConvShape& s, const View& w, const Taps& taps, const ChannelLists& ins,
+                 const ChannelLists& outs, bool flip, const T* gate) {
+  const int64_t in_per_group = s.channels / s.groups;
+  int64_t* in_at = scratch<int64_t>(env, ins.count());
+  int64_t* out_at = scratch<int64_t>(env, outs.count());
+  T* scale = gate && flip ? scratch<T>(env, outs.count()) : nullptr;
+  for (int64_t i = 0; i < ins.count(); ++i) in_at[i] = ins.ids[i] % in_per_group * w.c;
+  for (int64_t i = 0; i < outs.count(); ++i) {
+    out_at[i] = outs.ids[i] * w.n;
+    if (scale) scale[i] = gate[outs.ids[i]];
+  }
+  const int64_t* tap_at = tap_offsets(env, w, taps);
+  int64_t* begin = scratch<int64_t>(env, outs.groups + 1);
+  PanelPack<T>* packs = scratch<PanelPack<T>>(env, outs.groups);
+  begin[0] = 0;
+  for (int g = 0; g < outs.groups; ++g) {
+    const int64_t ni = ins.size(g), no = outs.size(g);
+    packs[g] = flip ? PanelPack<T>{static_cast<const T*>(w.data), in_at + ins.begin[g], ni, out_at + outs.begin[g], no,
+                                   scale ? scale + outs.begin[g] : nullptr, tap_at, taps.count, nullptr}
+                    : PanelPack<T>{static_cast<const T*>(w.data), out_at + outs.begin[g], no, in_at + ins.begin[g], ni,
+                                   nullptr, tap_at, taps.count, nullptr};
+    begin[g + 1] = begin[g] + packed_width(packs[g].lanes) * packs[g].reds * taps.count;
+  }
+  T* packed = scratch<T>(env, begin[outs.groups]);
+  for (int g = 0; g < outs.groups; ++g) packs[g].out = packed + begin[g];
+  pack_all(packs, outs.groups, env);
+  p.weight = packed;
+  p.weight_begin = begin;
+}
+
+template <class T>
+void forward(const MaskedForward& f, const Env& env) {
+  const Taps taps = forward_taps(env, f.shape);
+  TapConv p = forward_geometry(f.shape, f.x, taps);
+  p.out = f.y;
+  p.act = f.act;
+  if (is_depthwise(f.shape)) {
+    const DepthwiseLists d = depthwise_lists(env, f.shape, f.live_in, f.live_out);
+    const Affine<T> rest = make_affine<T>(env, f.bias, f.gate, d.rest.ids, d.rest.count());
+    fill_channels(p, d.rest, rest.scale, rest.shift, f.dtype, env);
+    if (d.out.count() == 0) return;
+    const Affine<T> a = make_affine<T>(env, f.bias, f.gate, d.out.ids, d.out.count());
+    p.scale = a.scale;
+    p.shift = a.shift;
+    use_lists(p, d.in, d.out);
+    pack_depthwise<T>(p, env, f.weight, taps, d.out, nullptr);
+    run_conv(f.dtype, p, env);
+    return;
+  }
+  const ChannelLists ins = split_groups(env, f.live_in, f.shape.channels, int(f.shape.groups));
+  const ChannelLists outs = split_groups(env, f.live_out, f.shape.outputs, int(f.shape.groups));
+  if (outs.count() == 0) return;
+  const Affine<T> a = make_affine<T>(env, f.bias, f.gate, outs.ids, outs.count());
+  p.scale = a.scale;
+  p.shift = a.shift;
+  use_lists(p, ins, outs);
+  pack_panels<T>(p, env, f.shape, f.weight, taps, ins, outs, false, nullptr);
+  run_conv(f.dtype, p, env);
+}
+
+int64_t floor_div_exact(int64_t a, int64_t b, bool& exact) {
+  exact = a % b == 0;
+  return a / b;
+}
+
+// The input gradient is, for each residue of the input position modulo the stride, a stride-1 convolution of the output
+// gradient with the taps that reach that residue: no zero insertion, no scatter.
+template <class T>
+void input_grad(const MaskedBackward& f, const View& grad, const ChannelLists& ins, const ChannelLists& outs,
+                const ChannelLists& grad_ids, bool depthwise, const Env& env) {
+  const ConvShape& s = f.shape;
+  for (int64_t a = 0; a < std::min(s.stride_h, s.height); ++a)
+    for (int64_t b = 0; b < std::min(s.stride_w, s.width); ++b) {
+      Taps taps = make_taps(env, s.kh * s.kw);
+      for (int64_t kh = s.kh - 1; kh >= 0; --kh)
+        for (int64_t kw = s.kw - 1; kw >= 0; --kw) {
+          bool exact_h, exact_w;
+          const int64_t h = floor_div_exact(a + s.pad_h - kh * s.dil_h, s.stride_h, exact_h);
+          const int64_t w = floor_div_exact(b + s.pad_w - kw * s.dil_w, s.stride_w, exact_w);
+          if (!exact_h || !exact_w) continue;
+          taps.h[taps.count] = h;
+          taps.w[taps.count] = w;
+          taps.kh[taps.count] = kh;
+          taps.kw[taps.count++] = kw;
+        }
+      TapConv p{};
+      p.x = grad;
+      p.n = s.n;
+      p.height = s.out_h;
+      p.width = s.out_w;
+      p.taps = taps.count;
+      p.tap_h = taps.h;
+      p.tap_w = taps.w;
+      p.rows = (s.height - a + s.stride_h - 1) / s.stride_h;
+      p.cols = (s.width - b + s.stride_w - 1) / s.stride_w;
+      p.step_h = p.step_w = 1;
+      const View& gx = f.grad_x;
+      p.out = View{static_cast<T*>(gx.data) + a * gx.h + b * gx.w, gx.n, gx.c, gx.h * s.stride_h, gx.w * s.stride_w};
+      if (taps.count == 0) continue;  // grad_x is already zero
+      use_lists(p, grad_ids, ins);
+      if (depthwise)
+        pack_depthwise<T>(p, env, f.weight, taps, outs, static_cast<const T*>(f.gate));
+      else
+        pack_panels<T>(p, env, s, f.weight, taps, ins, outs, true, static_cast<const T*>(f.gate));
+      run_conv(f.dtype, p, env);
+    }
+}
+
+// Sums the threads' partial results in a fixed order, applies the gate and scatters into the full-size gradients.
+template <class T>
+void finish_weight_grad(const MaskedBackward& f, const TapWeightGrad& w, const ChannelLists& ins, const ChannelLists& outs) {
+  const ConvShape& s = f.shape;
+  const int64_t in_per_group = s.channels / s.groups, taps = s.kh * s.kw;
+  const T* gate = static_cast<const T*>(f.gate);
+  const T* bias = static_cast<const T*>(f.bias);
+  const auto total = [&](int64_t at) {
+    T sum = 0;
+    for (int part = 0; part < w.parts; ++part) sum += static_cast<const T*>(w.partial)[part * w.partial_size + at];
+    return sum;
+  };
+  for (int g = 0; g < outs.groups; ++g) {
+    const int64_t inputs = ins.size(g), depth = (w.conv.depthwise ? 1 : inputs) * taps;
+    for (int64_t i = 0; i < outs.size(g); ++i) {
+      const int64_t o = outs.ids[outs.begin[g] + i], lane = i % kPanel;
+      const T scale = gate ? gate[o] : T(1), sum = total(w.sum_begin[g] + i);
+      const int64_t base = w.partial_begin[g] + i / kPanel * kPanel * depth + lane;
+      T gate_grad = bias ? bias[o] * sum : T(0);
+      for (int64_t c = 0; c < (w.conv.depthwise ? 1 : inputs); ++c) {
+        const int64_t local = w.conv.depthwise ? 0 : ins.ids[ins.begin[g] + c] % in_per_group;
+        for (int64_t t = 0; t < taps; ++t) {
+          const T raw = total(base + (t * (w.conv.depthwise ? 1 : inputs) + c) * kPanel);
+          if (f.grad_gate) gate_grad += raw * weight_at<T>(f.weight, o, local, t / s.kw, t % s.kw);
+          if (f.grad_weight) static_cast<T*>(f.grad_weight)[(o * in_per_group + local) * taps + t] = raw * scale;
+        }
+      }
+      if (f.grad_bias) static_cast<T*>(f.grad_bias)[o] = scale * sum;
+      if (f.grad_gate) static_cast<T*>(f.grad_gate)[o] = gate_grad;
+    }
+  }
+}
+
+template <class T>
+void weight_grad(const MaskedBackward& f, const View& grad, const ChannelLists& ins, const ChannelLists& outs,
+                 const ChannelLists& grad_ids, bool depthwise, const Env& env) {
+  if (outs.count() == 0) return;
+  const Taps taps = forward_taps(env, f.shape);
+  TapWeightGrad w{};
+  w.conv = forward_geometry(f.shape, f.x, taps);
+  use_lists(w.conv, ins, grad_ids);
+  w.conv.depthwise = depthwise;
+  w.grad = grad;
+  int64_t* begin = scratch<int64_t>(env, outs.groups + 1);
+  int64_t* sums = scratch<int64_t>(env, outs.groups + 1);
+  int64_t at = 0;
+  for (int g = 0; g < outs.groups; ++g) {
+    begin[g] = at;
+    at += (outs.size(g) + kPanel - 1) / kPanel * kPanel * (depthwise ? 1 : ins.size(g)) * taps.count;
+  }
+  for (int g = 0; g < outs.groups; ++g) {
+    sums[g] = at;
+    at += (outs.size(g) + kPanel - 1) / kPanel * kPanel;
+  }
+  w.partial_begin = begin;
+  w.sum_begin = sums;
+  w.partial_size = at;
+  const int64_t limit = (int64_t(256) << 20) / int64_t(sizeof(T));  // bounds the partial sums on many-core machines
+  w.parts = int(std::max<int64_t>(1, std::min<int64_t>(env.threads, limit / at)));
+  w.partial = scratch<T>(env, at * w.parts);
+  // The kernel returns early on an empty problem; the sums must still read as zero.
+  std::memset(w.partial, 0, f.shape.n * f.shape.out_h * f.shape.out_w == 0 ? size_t(at * w.parts) * sizeof(T) : 0);
+  level().weight_grad[f.dtype == DType::f64](w, env);
+  finish_weight_grad<T>(f, w, ins, outs);
+}
+
+template <class T>
+void backward(const MaskedBackward& f, const Env& env) {
+  const ConvShape& s = f.shape;
+  View grad = f.grad_y;
+  const int64_t live = f.live_out.count;
+  // compact[o]: where output o lies in `grad`.
+  int64_t* position = scratch<int64_t>(env, s.outputs);
+  for (int64_t i = 0; i < live; ++i) position[f.live_out[i]] = f.live_out[i];
+  if (f.act != Act::none && live > 0) {
+    int64_t* ids = scratch<int64_t>(env, live);
+    for (int64_t i = 0; i < live; ++i) {
+      ids[i] = f.live_out[i];
+      position[ids[i]] = i;
+    }
+    grad = View{scratch<T>(env, s.n * s.out_h * s.out_w * live), s.out_h * s.out_w * live, 1, s.out_w * live, live};
+    const ActGrad a{f.grad_y, f.saved, s.n, s.out_h, s.out_w, ids, live, grad.data, f.act};
+    level().act_grad[f.dtype == DType::f64](a, env);
+  }
+  const auto positions = [&](const ChannelLists& outs) {
+    ChannelLists l{scratch<int64_t>(env, outs.count()), outs.begin, outs.groups};
+    for (int64_t i = 0; i < outs.count(); ++i) l.ids[i] = position[outs.ids[i]];
+    return l;
+  };
+  const bool wants_weight = f.grad_weight || f.grad_bias || f.grad_gate;
+  if (is_depthwise(s)) {
+    const DepthwiseLists d = depthwise_lists(env, s, f.live_in, f.live_out);
+    if (wants_weight) {
+      weight_grad<T>(f, grad, d.in, d.out, positions(d.out), true, env);
+      if (d.rest.count() > 0) {  // their input is dead: only bias and gate are left
+        ChannelLists none = make_lists(env, 0, 1);
+        none.begin[1] = 0;
+        weight_grad<T>(f, grad, none, d.rest, positions(d.rest), false, env);
+      }
+    }
+    if (f.grad_x.data && s.outputs == s.groups && d.out.count() > 0)
+      input_grad<T>(f, grad, d.in, d.out, positions(d.out), true, env);
+    if (s.outputs == s.groups) return;
+  }
+  const ChannelLists ins = split_groups(env, f.live_in, s.channels, int(s.groups));
+  const ChannelLists outs = split_groups(env, f.live_out, s.outputs, int(s.groups));
+  const ChannelLists grad_ids = positions(outs);
+  if (f.grad_x.data && ins.count() > 0 && outs.count() > 0) input_grad<T>(f, grad, ins, outs, grad_ids, false, env);
+  if (wants_weight && !is_depthwise(s)) weight_grad<T>(f, grad, ins, outs, grad_ids, false, env);
+}
+
+}  // namespace
+
+void masked_forward_cpu(const MaskedForward& f, const Env& env) {
+  f.dtype == DType::f64 ? forward<double>(f, env) : forward<float>(f, env);
+}
+
+void masked_backward_cpu(const MaskedBackward& f, const Env& env) {
+  f.dtype == DType::f64 ? backward<double>(f, env) : backward<float>(f, env);
+}
+
+}  // namespace lp

@@ -1,0 +1,197 @@
+// Copies the live channels of a band of input rows, with its zero padding, into a channels-last buffer. Afterwards every
+// (tap column, channel) of a pixel is one contiguous run, whatever the memory format, padding or channel subset was.
+// Included once per instruction set (see simd.h).
+
+struct Axis {
+  int64_t first, step, count;  // positions first, first + step, ...; those outside [0, limit) are zero
+};
+
+static inline bool is_run(const int64_t* index, int64_t count) {
+  for (int64_t i = 1; i < count; ++i)
+    if (index[i] != index[0] + i) return false;
+  return count > 0;
+}
+
+template <class S, class T>
+static void stage_row_gather(T* dst, const S* src, int64_t pixel_stride, int64_t pixels, const int64_t* channel,
+                             int64_t channels, bool consecutive, int64_t ld) {
+  if (consecutive) {
+    src += channel[0];
+    if constexpr (std::is_same_v<S, T>) {
+      if (pixel_stride == ld && channels == ld) {
+        memcpy(dst, src, size_t(pixels * ld) * sizeof(T));
+        return;
+      }
+    }
+    for (int64_t p = 0; p < pixels; ++p, dst += ld, src += pixel_stride) {
+      for (int64_t i = 0; i < channels; ++i) dst[i] = to_acc(src[i]);
+      for (int64_t i = channels; i < ld; ++i) dst[i] = T(0);
+    }
+    return;
+  }
+  for (int64_t p = 0; p < pixels; ++p, dst += ld, src += pixel_stride) {
+    for (int64_t i = 0; i < channels; ++i) dst[i] = to_acc(src[channel[i]]);
+    for (int64_t i = channels; i < ld; ++i) dst[i] = T(0);
+  }
+}
+
+// Channel planes to channels-last: Lanes planes at a time, so that the stores of a pixel are contiguous.
+template <int Lanes, class S, class T>
+static inline void transpose_block(T* dst, const S* src, int64_t channel_stride, int64_t pixel_stride, int64_t pixels,
+                                   const int64_t* channel, int64_t ld) {
+  const S* plane[Lanes];
+  for (int i = 0; i < Lanes; ++i) plane[i] = src + channel[i] * channel_stride;
+  for (int64_t p = 0; p < pixels; ++p) {
+    T value[Lanes];
+    for (int i = 0; i < Lanes; ++i) value[i] = to_acc(plane[i][p * pixel_stride]);
+    for (int i = 0; i < Lanes; ++i) dst[p * ld + i] = value[i];
+  }
+}
+
+template <class S, class T>
+static void stage_row_planes(T* dst, const S* src, int64_t channel_stride, int64_t pixel_stride, int64_t pixels,
+                             const int64_t* channel, int64_t channels, int64_t ld) {
+  int64_t i = 0;
+  for (; i + 8 <= channels; i += 8)
+    transpose_block<8>(dst + i, src, channel_stride, pixel_stride, pixels, channel + i, ld);
+  for (; i < channels; ++i)
+    transpose_block<1>(dst + i, src, channel_stride, pixel_stride, pixels, channel + i, ld);
+  for (; i < ld; ++i)
+    for (int64_t p = 0; p < pixels; ++p) dst[p * ld + i] = T(0);
+}
+
+template <class S, class T>
+static void stage_band(T* dst, const S* image, const View& x, int64_t height, int64_t width, Axis row, Axis col,
+                       const int64_t* channel, int64_t channels, int64_t ld) {
+  const bool consecutive = is_run(channel, channels);
+  int64_t lo = 0, hi = col.count;
+  while (lo < hi && (col.first + lo * col.step < 0 || col.first + lo * col.step >= width)) ++lo;
+  while (hi > lo && (col.first + (hi - 1) * col.step < 0 || col.first + (hi - 1) * col.step >= width)) --hi;
+  for (int64_t r = 0; r < row.count; ++r, dst += col.count * ld) {
+    const int64_t ih = row.first + r * row.step;
+    if (ih < 0 || ih >= height || channels == 0) {
+      memset(dst, 0, size_t(col.count * ld) * sizeof(T));
+      continue;
+    }
+    if (lo > 0) memset(dst, 0, size_t(lo * ld) * sizeof(T));
+    if (hi < col.count) memset(dst + hi * ld, 0, size_t((col.count - hi) * ld) * sizeof(T));
+    const S* src = image + ih * x.h + (col.first + lo * col.step) * x.w;
+    if (x.c == 1)
+      stage_row_gather(dst + lo * ld, src, x.w * col.step, hi - lo, channel, channels, consecutive, ld);
+    else
+      stage_row_planes(dst + lo * ld, src, x.c, x.w * col.step, hi - lo, channel, channels, ld);
+  }
+}
+
+// How the pixels of a convolution are cut into tasks, and where a task's pixels lie in its staged band.
+struct Bands {
+  int64_t images, rows;  // per task; images > 1 only when a task takes whole images
+  int64_t image_blocks, row_blocks, tasks;
+  int64_t staged_rows, staged_cols, pixels;  // upper bounds for one task
+  int64_t pixel_step_h, pixel_step_w;  // in staged rows and columns
+  int64_t source_step_h, source_step_w;  // staged row r is input row first + r * source_step_h
+  int64_t min_h, min_w, extent_h, extent_w;  // of the taps
+  int64_t ld;
+};
+
+static int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
+
+static Bands make_bands(const TapConv& p, size_t element, int threads) {
+  Bands b{};
+  int64_t max_h = 0, max_w = 0, widest = 0;
+  for (int t = 0; t < p.taps; ++t) {
+    b.min_h = t == 0 ? p.tap_h[0] : std::min(b.min_h, p.tap_h[t]);
+    b.min_w = t == 0 ? p.tap_w[0] : std::min(b.min_w, p.tap_w[t]);
+    max_h = t == 0 ? p.tap_h[0] : std::max(max_h, p.tap_h[t]);
+    max_w = t == 0 ? p.tap_w[0] : std::max(max_w, p.tap_w[t]);
+  }
+  b.extent_h = max_h - b.min_h + 1;
+  b.extent_w = max_w - b.min_w + 1;
+  for (int g = 0; g < p.groups; ++g) widest = std::max(widest, p.in_begin[g + 1] - p.in_begin[g]);
+  b.ld = p.depthwise ? round_up(widest, kPanel) : widest;
+  // A single column (or row) of taps never looks between two pixels: stage only what is read.
+  const bool dense_h = b.extent_h > 1, dense_w = b.extent_w > 1;
+  b.source_step_h = dense_h ? 1 : p.step_h;
+  b.source_step_w = dense_w ? 1 : p.step_w;
+  b.pixel_step_h = dense_h ? p.step_h : 1;
+  b.pixel_step_w = dense_w ? p.step_w : 1;
+  b.staged_cols = (p.cols - 1) * b.pixel_step_w + b.extent_w;
+  const auto rows_for = [&](int64_t rows) { return (rows - 1) * b.pixel_step_h + b.extent_h; };
+  const int64_t budget = int64_t(256 * 1024 / element);
+  // A row also costs its share of the pixel table (24 bytes per pixel).
+  const int64_t row_cost = b.staged_cols * std::max<int64_t>(1, b.ld) + p.cols * 24 / int64_t(element);
+  const int64_t wanted_tasks = threads > 1 ? 3 * threads : 1;
+  b.images = 1;
+  b.rows = p.rows;
+  if (rows_for(p.rows) * row_cost <= budget / 2) {
+    const int64_t image_cost = rows_for(p.rows) * row_cost;
+    b.images = std::min(std::min(p.n, budget / image_cost), std::max<int64_t>(1, 512 / (p.rows * p.cols)));
+    b.images = std::max<int64_t>(1, std::min(b.images, p.n * p.groups / wanted_tasks));
+  }
+  if (b.images == 1) {
+    while (b.rows > 1 && rows_for(b.rows) * row_cost > budget) b.rows = (b.rows + 1) / 2;
+    while (b.rows > 1 && b.rows * p.cols > 64 && p.n * p.groups * ((p.rows + b.rows - 1) / b.rows) < wanted_tasks)
+      b.rows = (b.rows + 1) / 2;
+    const int64_t blocks = (p.rows + b.rows - 1) / b.rows;
+    b.rows = (p.rows + blocks - 1) / blocks;
+  }
+  b.row_blocks = (p.rows + b.rows - 1) / b.rows;
+  b.image_blocks = (p.n + b.images - 1) / b.images;
+  b.tasks = b.row_blocks * b.image_blocks * p.groups;
+  b.staged_rows = rows_for(b.rows);
+  b.pixels = b.images * b.rows * p.cols;
+  return b;
+}
+
+static int64_t staged_elements(const Bands& b) { return b.images * b.staged_rows * b.staged_cols * b.ld; }
+
+struct Task {
+  int group;
+  int64_t image0, images, row0, rows;
+};
+
+static Task task_at(const TapConv& p, const Bands& b, int64_t index) {
+  Task t;
+  // Groups vary slowest in the inner part, so that tasks of one image run close together.
+  t.group = int(index % p.groups);
+  index /= p.groups;
+  t.row0 = index % b.row_blocks * b.rows;
+  t.rows = std::min(b.rows, p.rows - t.row0);
+  t.image0 = index / b.row_blocks * b.images;
+  t.images = std::min(b.images, p.n - t.image0);
+  return t;
+}
+
+template <class S, class T>
+static void stage_task(T* staged, const TapConv& p, const Bands& b, const Task& t, int64_t ld) {
+  const int64_t first = p.in_begin[t.group], channels = p.in_begin[t.group + 1] - first;
+  const int64_t rows = (t.rows - 1) * b.pixel_step_h + b.extent_h;
+  for (int64_t i = 0; i < t.images; ++i) {
+    const S* image = static_cast<const S*>(p.x.data) + (t.image0 + i) * p.x.n;
+    stage_band(staged + i * rows * b.staged_cols * ld, image, p.x, p.height, p.width,
+               Axis{t.row0 * p.step_h + b.min_h, b.source_step_h, rows}, Axis{b.min_w, b.source_step_w, b.staged_cols},
+               p.in_channel + first, channels, ld);
+  }
+}
+
+// Runs body(thread slot, task) over all tasks; slots are distinct between concurrent bodies.
+template <class F>
+static void run_tasks(const Env& env, int64_t tasks, const F& body) {
+  struct Context {
+    const F* body;
+    std::atomic<int64_t> next;
+    int64_t tasks;
+  } context{&body, {0}, tasks};
+  const int64_t slots = std::min<int64_t>(env.threads, tasks);
+  env.parallel(
+      slots,
+      [](int64_t begin, int64_t end, void* ctx) {
+        auto* c = static_cast<Context*>(ctx);
+        for (int64_t slot = begin; slot < end; ++slot)
+          for (int64_t task; (task = c->next.fetch_add(1, std::memory_order_relaxed)) < c->tasks;)
+            (*c->body)(int(slot), task);
+      },
+      &context);
+}
+
+static char* aligned(char* p) { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t(63)); }

@@ -1,0 +1,75 @@
+// The one description all CPU kernels work from: a convolution as a list of taps. Forward, the phases of a strided input
+// gradient, the weight gradient and depthwise are all "for every pixel, sum over taps and channels".
+#pragma once
+#include "../../include/lp_params.h"
+
+namespace lp {
+
+struct TapConv {
+  View x;  // input
+  int64_t n, height, width;
+  int groups;
+  // Channel ids per group: in_channel[in_begin[g] .. in_begin[g + 1]). Always present.
+  const int64_t* in_channel;
+  const int64_t* in_begin;
+  const int64_t* out_channel;
+  const int64_t* out_begin;
+  int taps;
+  const int64_t *tap_h, *tap_w;  // offset of each tap from the pixel's origin, row-major and ascending
+  int64_t rows, cols;  // pixels of this (phase of the) output
+  int64_t step_h, step_w;  // origin of pixel (r, c) is (r * step_h, c * step_w)
+  View out;  // base already at the phase's first pixel, strides already times the phase step
+  View residual;
+  const void* weight;  // packed, accumulator type
+  const int64_t* weight_begin;  // per group
+  const void* scale;  // per compact output or nullptr
+  const void* shift;
+  Act act;
+  bool depthwise;  // in_channel[i] feeds out_channel[i]; weight is (tap, channel padded to 16)
+};
+
+struct TapWeightGrad {
+  TapConv conv;  // x, taps, pixels, channel lists
+  View grad;  // gradient at the convolution's output; channels through conv.out_channel
+  void* partial;  // [parts][partial_size]
+  int64_t partial_size;  // group by group: panels x (taps x inputs) x 16; then, per group, panels x 16 sums of grad
+  const int64_t* partial_begin;
+  const int64_t* sum_begin;
+  int parts;
+};
+
+// grad_v[pixel][i] = grad_y * act'(saved) for the listed channels, channels-last and compact.
+struct ActGrad {
+  View grad_y, saved;
+  int64_t n, rows, cols;
+  const int64_t* channel;
+  int64_t channels;
+  void* out;
+  Act act;
+};
+
+struct CpuKernels {
+  const char* name;
+  void (*conv[4])(const TapConv&, const Env&);  // by DType
+  void (*weight_grad[2])(const TapWeightGrad&, const Env&);
+  void (*act_grad[2])(const ActGrad&, const Env&);
+};
+
+const CpuKernels& cpu_kernels_portable();
+const CpuKernels& cpu_kernels_avx2();
+const CpuKernels& cpu_kernels_avx512();
+
+bool cpu_has_avx2();
+bool cpu_has_avx512();
+// The best level this CPU has, capped by LIGHTNING_PRUNE_CPU_LEVEL (read on every call: it is one getenv).
+const char* cpu_level_name();
+const CpuKernels& cpu_kernels();
+
+// Drivers: torch-free entry points for the bindings.
+void masked_forward_cpu(const MaskedForward&, const Env&);
+void masked_backward_cpu(const MaskedBackward&, const Env&);
+void compact_forward_cpu(const CompactForward&, const Env&);
+void pack_cpu(const View& weight, DType dtype, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw,
+              int64_t groups, void* packed, const Env&);
+
+}  // namespace lp

@@ -1,0 +1,144 @@
+#include "binding.h"
+
+namespace lp {
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+Act parse_activation(const char* op, const std::string& name) {
+  static const char* const names[] = {"none", "relu", "relu6", "silu", "hardswish", "gelu", "sigmoid"};
+  for (int i = 0; i < 7; ++i)
+    if (name == names[i]) return Act(i);
+  fail(op, ": activation must be one of none, relu, relu6, silu, hardswish, gelu, sigmoid; got '", name, "'");
+}
+
+bool is_channels_last(const Tensor& x) {
+  if (x.dim() != 4 || x.is_contiguous()) return false;
+  const auto sizes = x.sizes();
+  const auto strides = x.strides();
+  int64_t expected = 1;
+  for (int d : {1, 3, 2, 0}) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+Tensor new_output(const Tensor& like, const Sizes& shape) {
+  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              is_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Tensor zeros_on(const Tensor& like, const Sizes& shape) {
+  Tensor out = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device());
+  return torch::stable::zero_(out);
+}
+
+View view_of(const Tensor& t) {
+  const auto s = t.strides();
+  return View{t.data_ptr(), s[0], s[1], s[2], s[3]};
+}
+
+static void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  if (t.is_cuda() != like.is_cuda() || t.get_device_index() != like.get_device_index())
+    fail(op, ": ", name, " must be on the same device as x; move it with ", name, ".to(x.device)");
+}
+
+Tensor vector_argument(const char* op, const char* name, const Tensor& t, int64_t length, const Tensor& like) {
+  check_device(op, name, t, like);
+  if (t.dim() != 1 || t.size(0) != length)
+    fail(op, ": ", name, " must have shape (", length, "), one value per output channel; got ", show_shape(t));
+  if (t.scalar_type() != like.scalar_type())
+    fail(op, ": ", name, " must be ", dtype_name(like.scalar_type()), "; got ", dtype_name(t.scalar_type()));
+  return torch::stable::contiguous(t);
+}
+
+Tensor index_argument(const char* op, const char* name, const Tensor& t, int64_t limit, Order order, const Tensor& like) {
+  check_device(op, name, t, like);
+  if (t.dim() != 1 || t.scalar_type() != ScalarType::Long)
+    fail(op, ": ", name, " must be a 1-D int64 tensor of channel indices; got shape ", show_shape(t), " and ",
+         dtype_name(t.scalar_type()));
+  if (order != Order::any && t.size(0) > limit)
+    fail(op, ": ", name, " has ", t.size(0), " indices for ", limit, " channels; indices must be unique");
+  Tensor index = torch::stable::contiguous(t);
+  if (t.is_cuda()) return index;
+  const auto* values = static_cast<const int64_t*>(index.data_ptr());
+  std::vector<bool> seen(order == Order::unique ? size_t(limit) : 0);
+  for (int64_t i = 0; i < index.size(0); ++i) {
+    if (values[i] < 0 || values[i] >= limit)
+      fail(op, ": ", name, "[", i, "] = ", values[i], " is not a channel; expected 0 <= index < ", limit);
+    if (order == Order::sorted && i > 0 && values[i] <= values[i - 1])
+      fail(op, ": ", name, " must be sorted and unique; got ", values[i - 1], " before ", values[i],
+           " (use torch.unique(index))");
+    if (order == Order::unique) {
+      if (seen[size_t(values[i])]) fail(op, ": ", name, " must be unique; channel ", values[i], " appears twice");
+      seen[size_t(values[i])] = true;
+    }
+  }
+  return index;
+}
+
+ConvShape conv_shape(const char* op, const Tensor& x, const Sizes& weight, const Sizes& stride, const Sizes& padding,
+                     const Sizes& dilation, int64_t groups, int64_t channels) {
+  if (x.dim() != 4) fail(op, ": x must be 4-D (N, C, H, W); got shape ", show_shape(x));
+  if (weight.size() != 4) fail(op, ": weight must be 4-D (O, C / groups, kh, kw); got shape ", show(weight));
+  const std::pair<const char*, const Sizes*> pairs[] = {{"stride", &stride}, {"padding", &padding}, {"dilation", &dilation}};
+  for (const auto& [name, value] : pairs) {
+    const int64_t least = value == &padding ? 0 : 1;
+    if (value->size() != 2 || (*value)[0] < least || (*value)[1] < least)
+      fail(op, ": ", name, " must be two integers >= ", least, "; got ", show(*value));
+  }
+  if (groups < 1 || channels % groups || weight[0] % groups)
+    fail(op, ": groups must divide both channel counts; got groups=", groups, " for ", channels, " inputs and ", weight[0], " outputs");
+  if (weight[1] * groups != channels)
+    fail(op, ": weight must have shape (O, ", channels / groups, ", kh, kw) for ", channels, " input channels and groups=", groups,
+         "; got ", show(weight));
+  if (weight[2] < 1 || weight[3] < 1) fail(op, ": the kernel must be at least 1x1; got weight ", show(weight));
+  ConvShape s{x.size(0), channels, x.size(2), x.size(3), weight[0], weight[2], weight[3], 0, 0, stride[0], stride[1],
+              padding[0], padding[1], dilation[0], dilation[1], groups};
+  const int64_t span_h = s.height + 2 * s.pad_h - s.dil_h * (s.kh - 1) - 1;
+  const int64_t span_w = s.width + 2 * s.pad_w - s.dil_w * (s.kw - 1) - 1;
+  if (span_h < 0 || span_w < 0)
+    fail(op, ": the dilated kernel is larger than the padded input; x is ", show_shape(x), ", weight ", show(weight), ", padding ",
+         show(padding), ", dilation ", show(dilation));
+  s.out_h = span_h / s.stride_h + 1;
+  s.out_w = span_w / s.stride_w + 1;
+  return s;
+}
+
+void* Scratch::allocate(size_t bytes) {
+  const Sizes shape{int64_t(bytes)};
+  blocks_.push_back(torch::stable::empty(shape, ScalarType::Byte, std::nullopt, like_.device()));
+  return blocks_.back().data_ptr();
+}
+
+Env Scratch::env() {
+  return Env{int(torch::stable::get_num_threads()),
+             [](int64_t n, void (*body)(int64_t, int64_t, void*), void* ctx) {
+               // A plain lambda and not the template: the callback already has the C signature.
+               torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, ctx); });
+             },
+             [](void* owner, size_t bytes) { return static_cast<Scratch*>(owner)->allocate(bytes); }, this};
+}
+
+void* current_stream([[maybe_unused]] const Tensor& t) {
+#if defined(USE_CUDA)
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) != 0) fail("no current CUDA stream");
+  return stream;
+#else
+  fail("built without CUDA; rebuild where torch has CUDA and nvcc is on PATH");
+#endif
+}
+
+}  // namespace lp

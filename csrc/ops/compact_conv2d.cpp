@@ -1,0 +1,135 @@
+// Binding of pack_conv2d_weight and compact_conv2d.
+#include "binding.h"
+#include "launch.h"
+
+namespace lp {
+namespace {
+
+// Half types are packed, and accumulated, in float32.
+ScalarType compute_type(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return ScalarType::Float;
+    case ScalarType::Double: return ScalarType::Double;
+    default:
+      fail(op, ": ", name, " must be float32, float64, bfloat16 or float16; got ", dtype_name(t.scalar_type()));
+  }
+}
+
+DType storage_type(ScalarType t) {
+  return t == ScalarType::Double ? DType::f64
+         : t == ScalarType::BFloat16 ? DType::bf16
+         : t == ScalarType::Half ? DType::f16
+                                 : DType::f32;
+}
+
+Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups) {
+  const char* op = "pack_conv2d_weight";
+  if (weight.dim() != 4) fail(op, ": weight must be 4-D (O, C / groups, kh, kw); got shape ", show_shape(weight));
+  if (groups < 1 || weight.size(0) % groups)
+    fail(op, ": groups must divide the ", weight.size(0), " output channels; got groups=", groups);
+  const ScalarType type = compute_type(op, "weight", weight);
+  const Tensor w = weight.scalar_type() == type ? weight : torch::stable::to(weight, type);
+  const int64_t taps = w.size(2) * w.size(3);
+  Tensor packed = torch::stable::empty(Sizes{packed_size(w.size(0), w.size(1), taps, groups)}, type, std::nullopt, w.device());
+  const DType dtype = storage_type(type);
+  Scratch scratch(w);
+  if (w.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(w.get_device_index());
+    pack_cuda(view_of(w), dtype, w.size(0), w.size(1), w.size(2), w.size(3), groups, packed.data_ptr(), current_stream(w));
+  } else {
+    pack_cpu(view_of(w), dtype, w.size(0), w.size(1), w.size(2), w.size(3), groups, packed.data_ptr(), scratch.env());
+  }
+  return packed;
+}
+
+Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                      const std::optional<Tensor>& residual, const std::optional<Tensor>& in_index,
+                      const std::optional<Tensor>& out_index, const Sizes& weight_shape, const Sizes& stride,
+                      const Sizes& padding, const Sizes& dilation, int64_t groups, const std::string& activation) {
+  const char* op = "compact_conv2d";
+  const ScalarType type = compute_type(op, "x", x);
+  if (x.dim() != 4) fail(op, ": x must be 4-D (N, C, H, W); got shape ", show_shape(x));
+  const int64_t x_channels = x.size(1);
+  std::optional<Tensor> in, out;
+  if (in_index) in = index_argument(op, "in_index", *in_index, x_channels, Order::any, x);
+  const ConvShape s =
+      conv_shape(op, x, weight_shape, stride, padding, dilation, groups, in ? in->size(0) : x_channels);
+  const int64_t size = packed_size(s.outputs, s.channels / s.groups, s.kh * s.kw, s.groups);
+  if (packed.dim() != 1 || packed.size(0) != size || packed.is_cuda() != x.is_cuda())
+    fail(op, ": packed must have shape (", size, ") and be on x's device for weight_shape ", show(weight_shape), "; got ", show_shape(packed),
+         " (make it with pack_conv2d_weight(weight, groups))");
+  if (compute_type(op, "packed", packed) != type)
+    fail(op, ": packed must be ", dtype_name(type), " (or x's dtype) for x of ", dtype_name(x.scalar_type()), "; got ",
+         dtype_name(packed.scalar_type()));
+  const auto in_compute_type = [&](const Tensor& t) {
+    return t.scalar_type() == type ? torch::stable::contiguous(t) : torch::stable::to(t, type);
+  };
+  const Tensor weights = in_compute_type(packed);
+  std::optional<Tensor> shift;
+  if (bias) {
+    if (compute_type(op, "bias", *bias) != type) fail(op, ": bias must be ", dtype_name(type), " or x's dtype; got ", dtype_name(bias->scalar_type()));
+    const Tensor b = in_compute_type(*bias);
+    shift = vector_argument(op, "bias", b, s.outputs, b);
+    if (b.is_cuda() != x.is_cuda()) fail(op, ": bias must be on the same device as x");
+  }
+  int64_t y_channels = s.outputs;
+  if (out_index) {
+    if (!residual)
+      fail(op, ": out_index adds the outputs to channels of residual, so residual must not be None");
+    y_channels = residual->dim() == 4 ? residual->size(1) : 0;
+    out = index_argument(op, "out_index", *out_index, y_channels, Order::unique, x);
+    if (out->size(0) != s.outputs)
+      fail(op, ": out_index must have one entry per conv output, ", s.outputs, "; got ", out->size(0));
+  }
+  const Sizes y_shape{s.n, y_channels, s.out_h, s.out_w};
+  if (residual && (show_shape(*residual) != show(y_shape) || residual->scalar_type() != x.scalar_type() ||
+                   residual->is_cuda() != x.is_cuda()))
+    fail(op, ": residual must be ", dtype_name(x.scalar_type()), " of shape ", show(y_shape), " on x's device; got ",
+         dtype_name(residual->scalar_type()), " of shape ", show_shape(*residual));
+  Tensor y = new_output(x, y_shape);
+  CompactForward f{};
+  f.shape = s;
+  f.dtype = storage_type(x.scalar_type());
+  f.x = view_of(x);
+  if (residual) f.residual = view_of(*residual);
+  f.y = view_of(y);
+  f.packed = weights.data_ptr();
+  f.bias = data_of(shift);
+  f.in_index = IndexList{in ? static_cast<const int64_t*>(in->data_ptr()) : nullptr, s.channels};
+  f.out_index = IndexList{out ? static_cast<const int64_t*>(out->data_ptr()) : nullptr, s.outputs};
+  f.y_channels = y_channels;
+  f.act = parse_activation(op, activation);
+  Scratch scratch(x);
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    compact_forward_cuda(f, scratch.env(), current_stream(x));
+  } else {
+    compact_forward_cpu(f, scratch.env());
+  }
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
+  m.def("pack_conv2d_weight(Tensor weight, int groups) -> Tensor");
+  m.def(
+      "compact_conv2d(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor? in_index, Tensor? out_index, "
+      "int[4] weight_shape, int[2] stride, int[2] padding, int[2] dilation, int groups, str activation) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) {
+  m.impl("pack_conv2d_weight", TORCH_BOX(&pack_conv2d_weight));
+  m.impl("compact_conv2d", TORCH_BOX(&compact_conv2d));
+}
+
+#if defined(USE_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CUDA, m) {
+  m.impl("pack_conv2d_weight", TORCH_BOX(&pack_conv2d_weight));
+  m.impl("compact_conv2d", TORCH_BOX(&compact_conv2d));
+}
+#endif
+
+}  // namespace lp

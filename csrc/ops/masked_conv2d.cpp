@@ -1,0 +1,140 @@
+// Binding of masked_conv2d and masked_conv2d_backward: validation, allocation, one call into the kernels.
+#include "binding.h"
+#include "launch.h"
+
+namespace lp {
+namespace {
+
+// Contiguous, checked arguments; kept alive while the kernels read them.
+struct Arguments {
+  ConvShape shape;
+  std::optional<Tensor> bias, gate, live_in, live_out;
+  DType dtype;
+  Act act;
+};
+
+Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in, const std::optional<Tensor>& live_out,
+                const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups, const std::string& activation) {
+  if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)
+    fail(op, ": x must be float32 or float64; got ", dtype_name(x.scalar_type()), " (cast with x.float())");
+  if (weight.scalar_type() != x.scalar_type())
+    fail(op, ": weight must be ", dtype_name(x.scalar_type()), " like x; got ", dtype_name(weight.scalar_type()));
+  if (weight.is_cuda() != x.is_cuda()) fail(op, ": weight must be on the same device as x");
+  Arguments a;
+  const auto sizes = weight.sizes();
+  a.shape = conv_shape(op, x, Sizes(sizes.data(), sizes.data() + sizes.size()), stride, padding, dilation, groups,
+                       x.dim() == 4 ? x.size(1) : 0);
+  if (bias) a.bias = vector_argument(op, "bias", *bias, a.shape.outputs, x);
+  if (gate) a.gate = vector_argument(op, "gate", *gate, a.shape.outputs, x);
+  if (live_in) a.live_in = index_argument(op, "live_in", *live_in, a.shape.channels, Order::sorted, x);
+  if (live_out) a.live_out = index_argument(op, "live_out", *live_out, a.shape.outputs, Order::sorted, x);
+  a.dtype = x.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
+  a.act = parse_activation(op, activation);
+  return a;
+}
+
+IndexList list_of(const std::optional<Tensor>& index, int64_t channels) {
+  if (!index) return IndexList{nullptr, channels};
+  return IndexList{static_cast<const int64_t*>(index->data_ptr()), index->size(0)};
+}
+
+Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in,
+                     const std::optional<Tensor>& live_out, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                     int64_t groups, const std::string& activation) {
+  const Arguments a =
+      check("masked_conv2d", x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups, activation);
+  const ConvShape& s = a.shape;
+  Tensor y = new_output(x, {s.n, s.outputs, s.out_h, s.out_w});
+  const IndexList out = list_of(a.live_out, s.outputs);
+  if (out.count < s.outputs) torch::stable::zero_(y);
+  const MaskedForward f{s,         a.dtype, view_of(x), view_of(y), view_of(weight), data_of(a.bias), data_of(a.gate),
+                        list_of(a.live_in, s.channels), out, a.act};
+  Scratch scratch(x);
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    masked_forward_cuda(f, scratch.env(), current_stream(x));
+  } else {
+    masked_forward_cpu(f, scratch.env());
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
+    const Tensor& grad_y, const std::optional<Tensor>& saved, const Tensor& x, const Tensor& weight,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in,
+    const std::optional<Tensor>& live_out, const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+    const std::string& activation, bool need_x, bool need_weight, bool need_bias, bool need_gate) {
+  const char* op = "masked_conv2d_backward";
+  const Arguments a = check(op, x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups, activation);
+  const ConvShape& s = a.shape;
+  const Sizes out_shape{s.n, s.outputs, s.out_h, s.out_w};
+  const auto check_output = [&](const char* name, const Tensor& t) {
+    if (show_shape(t) != show(out_shape) || t.scalar_type() != x.scalar_type())
+      fail(op, ": ", name, " must be ", dtype_name(x.scalar_type()), " of shape ", show(out_shape), "; got ",
+           dtype_name(t.scalar_type()), " of shape ", show_shape(t));
+  };
+  check_output("grad_y", grad_y);
+  if (a.act != Act::none && !saved)
+    fail(op, ": activation '", activation, "' needs `saved`: the output for relu, relu6 and sigmoid, else the value before it");
+  if (saved) check_output("saved", *saved);
+  if (need_bias && !bias) fail(op, ": need_bias is set but bias is None");
+  if (need_gate && !gate) fail(op, ": need_gate is set but gate is None");
+  Tensor grad_x = new_output(x, need_x ? Sizes{s.n, s.channels, s.height, s.width} : Sizes{0, 0, 0, 0});
+  if (need_x) torch::stable::zero_(grad_x);
+  const auto wsizes = weight.sizes();
+  Tensor grad_weight = zeros_on(x, need_weight ? Sizes(wsizes.data(), wsizes.data() + 4) : Sizes{0, 0, 0, 0});
+  Tensor grad_bias = zeros_on(x, {need_bias ? s.outputs : 0});
+  Tensor grad_gate = zeros_on(x, {need_gate ? s.outputs : 0});
+  MaskedBackward f{};
+  f.shape = s;
+  f.dtype = a.dtype;
+  f.grad_y = view_of(grad_y);
+  if (saved) f.saved = view_of(*saved);
+  f.x = view_of(x);
+  f.weight = view_of(weight);
+  f.bias = data_of(a.bias);
+  f.gate = data_of(a.gate);
+  f.live_in = list_of(a.live_in, s.channels);
+  f.live_out = list_of(a.live_out, s.outputs);
+  f.act = a.act;
+  if (need_x) f.grad_x = view_of(grad_x);
+  if (need_weight) f.grad_weight = grad_weight.data_ptr();
+  if (need_bias) f.grad_bias = grad_bias.data_ptr();
+  if (need_gate) f.grad_gate = grad_gate.data_ptr();
+  Scratch scratch(x);
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    masked_backward_cuda(f, scratch.env(), current_stream(x));
+  } else {
+    masked_backward_cpu(f, scratch.env());
+  }
+  return {grad_x, grad_weight, grad_bias, grad_gate};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
+  m.def(
+      "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? live_in, Tensor? live_out, "
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, str activation) -> Tensor");
+  m.def(
+      "masked_conv2d_backward(Tensor grad_y, Tensor? saved, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, "
+      "Tensor? live_in, Tensor? live_out, int[2] stride, int[2] padding, int[2] dilation, int groups, str activation, "
+      "bool need_x, bool need_weight, bool need_bias, bool need_gate) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) {
+  m.impl("masked_conv2d", TORCH_BOX(&masked_conv2d));
+  m.impl("masked_conv2d_backward", TORCH_BOX(&masked_conv2d_backward));
+}
+
+#if defined(USE_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CUDA, m) {
+  m.impl("masked_conv2d", TORCH_BOX(&masked_conv2d));
+  m.impl("masked_conv2d_backward", TORCH_BOX(&masked_conv2d_backward));
+}
+#endif
+
+}  // namespace lp
