@@ -153,7 +153,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     save_compact(result.model, result.plan, out)
-    print(result.report.table())
+    print(result.report)
     print(f"written: {out}")
     return 0
 

@@ -207,9 +207,9 @@ def _run_seed(
         macs={name: p.macs for name, p in profiles.items()},
         latency_ms=_latencies(models, test.inputs, (1, 64)),
         max_relative_error=max(
-            float(pruning.report.max_relative_error), _relative_error(logits["compact"], logits["masked"])
+            pruning.report.max_relative_error or 0.0, _relative_error(logits["compact"], logits["masked"])
         ),
-        widths={group: (int(live), int(size)) for group, (live, size) in pruning.report.widths.items()},
+        widths=dict(pruning.report.widths),
         seconds={"dense": dense_seconds, "pruned": pruned_seconds},
     )
 

@@ -6,7 +6,6 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,6 @@ from rich.table import Table
 from .files import write_atomically
 
 VARIANTS = ("dense", "masked", "compact")
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What pruning did to a network.
-
-    Attributes:
-        macs_dense: multiply-accumulates of one sample before.
-        macs_compact: the same after.
-        params_dense: parameters before.
-        params_compact: parameters after.
-        max_relative_error: largest difference of compact and masked outputs on the example input, relative to the
-            largest output.
-        widths: group -> (live channels, channels before).
-    """
-
-    macs_dense: int
-    macs_compact: int
-    params_dense: int
-    params_compact: int
-    max_relative_error: float
-    widths: Mapping[str, tuple[int, int]]
-
-    def table(self) -> str:
-        """Totals and live channels per group, as text."""
-        table = widths_table("", self.widths)
-        table.caption = (
-            f"MACs {human(self.macs_dense)} -> {_share(self.macs_compact, self.macs_dense)}, "
-            f"parameters {human(self.params_dense)} -> {_share(self.params_compact, self.params_dense)}, "
-            f"compact equals masked to {self.max_relative_error:.1e}"
-        )
-        return to_text(table)
 
 
 def to_text(table: Table, width: int = 120) -> str:

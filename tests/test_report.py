@@ -97,12 +97,3 @@ def test_widths_table() -> None:
     assert "16" in first
     assert first.count("█") == 10
     assert "█" not in next(line for line in lines if "conv2" in line)
-
-
-def test_prune_report_table() -> None:
-    report = PruneReport(2_000_000, 900_000, 1000, 300, 2e-7, {"conv": (3, 8)})
-    text = report.table()
-    assert "conv" in text
-    assert "900 k (45 %)" in text
-    assert "300 (30 %)" in text
-    assert "2.0e-07" in text
