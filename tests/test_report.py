@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.report import (
-    PruneReport,
     comparison_table,
     human,
     mean_and_spread,
