@@ -22,7 +22,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-STABLE_ABI_TARGET = "0x020B000000000000"  # torch 2.11, the oldest supported; the library then runs on newer ones
+STABLE_ABI_TARGET = (
+    "0x020B000000000000"  # torch 2.11, the oldest supported; the library then runs on newer ones
+)
 CUDA_ARCHS = ["compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_90,code=compute_90"]
 X86_LEVELS = {
     "conv_avx2": "-mavx2 -mfma -mf16c",
@@ -50,9 +52,15 @@ def find_cuda(torch) -> str | None:
     nvcc = shutil.which("nvcc") or (shutil.which("/usr/local/cuda/bin/nvcc"))
     if torch.version.cuda is None or nvcc is None or os.environ.get("LIGHTNING_PRUNE_CUDA") == "0":
         return None
-    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split("release ")[-1].split(",")[0]
+    release = (
+        subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+        .stdout.split("release ")[-1]
+        .split(",")[0]
+    )
     if release.split(".")[0] != torch.version.cuda.split(".")[0]:
-        print(f"lightning-prune: nvcc is {release} but torch was built with CUDA {torch.version.cuda}: building without CUDA kernels")
+        print(
+            f"lightning-prune: nvcc is {release} but torch was built with CUDA {torch.version.cuda}: building without CUDA kernels"
+        )
         return None
     return nvcc
 
@@ -69,7 +77,9 @@ class NinjaFile:
         self.lines += ["  depfile = $out.d", "  deps = gcc"] if deps else []
 
     def compile(self, rule: str, source: Path, flags: str = "") -> str:
-        out = "_".join(source.relative_to(CSRC).with_suffix("").parts) + (".cuda.o" if source.suffix == ".cu" else ".o")
+        out = "_".join(source.relative_to(CSRC).with_suffix("").parts) + (
+            ".cuda.o" if source.suffix == ".cu" else ".o"
+        )
         self.lines += [f"build {out}: {rule} {str(source).replace(' ', '$ ')}", f"  extra = {flags}"]
         return out
 
@@ -105,26 +115,50 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
         info += [f'-DLP_CUDA_VERSION=\\"{torch.version.cuda}\\"', f'-DLP_CUDA_ARCHS=\\"{archs}\\"']
 
     ninja = NinjaFile(build_dir)
-    ninja.rule("cxx", f"{compiler()} -MMD -MF $out.d -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
-                      f"-ffp-contract=fast -Wall {defines} $extra -c $in -o $out", deps=True)
+    ninja.rule(
+        "cxx",
+        f"{compiler()} -MMD -MF $out.d -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
+        f"-ffp-contract=fast -Wall {defines} $extra -c $in -o $out",
+        deps=True,
+    )
     ninja.rule("link", f"{compiler()} -shared $in -o $out $libraries", deps=False)
 
-    kernels = [ninja.compile("cxx", CSRC / "kernels/cpu" / f"{name}.cpp")
-               for name in ("conv_portable", "dispatch", "masked_conv2d", "compact_conv2d")]
+    kernels = [
+        ninja.compile("cxx", CSRC / "kernels/cpu" / f"{name}.cpp")
+        for name in ("conv_portable", "dispatch", "masked_conv2d", "compact_conv2d")
+    ]
     level = ninja.compile("cxx", CSRC / "kernels/cpu/cpu_level.cpp")
     if x86:
-        kernels += [ninja.compile("cxx", CSRC / f"kernels/cpu/{name}.cpp", flags) for name, flags in X86_LEVELS.items()]
-    bindings = [ninja.compile("cxx", source, torch_flags + cuda_include) for source in sorted((CSRC / "ops").glob("*.cpp"))]
+        kernels += [
+            ninja.compile("cxx", CSRC / f"kernels/cpu/{name}.cpp", flags)
+            for name, flags in X86_LEVELS.items()
+        ]
+    bindings = [
+        ninja.compile("cxx", source, torch_flags + cuda_include)
+        for source in sorted((CSRC / "ops").glob("*.cpp"))
+    ]
     libraries = f"-L{torch_dir}/lib -ltorch_cpu -ltorch -lc10"
     if nvcc:
         archs = " ".join(f"-gencode=arch={arch}" for arch in CUDA_ARCHS)
-        ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d -O3 -Xcompiler -fPIC,-fvisibility=hidden {archs} $extra -c $in -o $out", deps=True)
+        ninja.rule(
+            "nvcc",
+            f"{nvcc} -MD -MF $out.d -O3 -Xcompiler -fPIC,-fvisibility=hidden {archs} $extra -c $in -o $out",
+            deps=True,
+        )
         kernels += [ninja.compile("nvcc", source) for source in sorted((CSRC / "kernels/cuda").glob("*.cu"))]
         # torch_cuda has the stream; the static runtime keeps the library independent of a second libcudart.
-        libraries += f" -ltorch_cuda -L{Path(nvcc).resolve().parents[1]}/lib64 -lcudart_static -ldl -lrt -lpthread"
+        libraries += (
+            f" -ltorch_cuda -L{Path(nvcc).resolve().parents[1]}/lib64 -lcudart_static -ldl -lrt -lpthread"
+        )
     ninja.link(outputs["_C"], [*kernels, level, *bindings], libraries)
-    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']} -fvisibility=hidden"
-    ninja.link(outputs["_build_info"], [ninja.compile("cxx", CSRC / "build_info.cpp", f"{includes} {' '.join(info)}"), level], "")
+    includes = (
+        f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']} -fvisibility=hidden"
+    )
+    ninja.link(
+        outputs["_build_info"],
+        [ninja.compile("cxx", CSRC / "build_info.cpp", f"{includes} {' '.join(info)}"), level],
+        "",
+    )
     return ninja
 
 
@@ -136,7 +170,10 @@ class NinjaBuildExt(build_ext):
 
         tag = f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}".replace("+", "-")
         build_dir = ROOT / "build" / f"ext-{tag}"
-        outputs = {ext.name.rpartition(".")[2]: os.path.basename(self.get_ext_fullpath(ext.name)) for ext in self.extensions}
+        outputs = {
+            ext.name.rpartition(".")[2]: os.path.basename(self.get_ext_fullpath(ext.name))
+            for ext in self.extensions
+        }
         try:
             write_ninja(build_dir, outputs).run()
         except (subprocess.CalledProcessError, OSError, ImportError) as error:
@@ -159,8 +196,12 @@ class NinjaBuildExt(build_ext):
 
 def announce_pure(reason: str) -> None:
     line = "=" * 100
-    print(f"{line}\nlightning-prune: INSTALLING AS PURE PYTHON, {reason}.\nThe ops run as plain torch code, without "
-          f"the compiled kernels' speed.\nSet LIGHTNING_PRUNE_FORCE_EXT=1 to make this an error.\n{line}", file=sys.stderr, flush=True)
+    print(
+        f"{line}\nlightning-prune: INSTALLING AS PURE PYTHON, {reason}.\nThe ops run as plain torch code, without "
+        f"the compiled kernels' speed.\nSet LIGHTNING_PRUNE_FORCE_EXT=1 to make this an error.\n{line}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def extensions() -> list[Extension]:
@@ -169,7 +210,9 @@ def extensions() -> list[Extension]:
         return []
     if compiler() is None:
         if flag("LIGHTNING_PRUNE_FORCE_EXT"):
-            raise SystemExit("LIGHTNING_PRUNE_FORCE_EXT=1 but no C++ compiler was found; install g++ or set CXX")
+            raise SystemExit(
+                "LIGHTNING_PRUNE_FORCE_EXT=1 but no C++ compiler was found; install g++ or set CXX"
+            )
         announce_pure("no C++ compiler was found (install g++ or set CXX)")
         return []
     building = {"build_ext", "bdist_wheel", "editable_wheel", "develop", "install", "build"} & set(sys.argv)

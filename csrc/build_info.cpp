@@ -25,11 +25,14 @@ PYBIND11_MODULE(_build_info, m) {
   m.attr("cuda_archs") = LP_CUDA_ARCHS;
   m.attr("cpu_levels_built") = LP_CPU_LEVELS;
   m.attr("compiler") = __VERSION__;
-  m.def("cpu_features", [] {
-    pybind11::dict features;
-    features["avx2"] = lp::cpu_has_avx2();
-    features["avx512"] = lp::cpu_has_avx512();
-    return features;
-  }, "Instruction sets that both this build and this CPU have.");
+  m.def(
+      "cpu_features",
+      [] {
+        pybind11::dict features;
+        features["avx2"] = lp::cpu_has_avx2();
+        features["avx512"] = lp::cpu_has_avx512();
+        return features;
+      },
+      "Instruction sets that both this build and this CPU have.");
   m.def("cpu_level", [] { return std::string(lp::cpu_level_name()); }, "The level the kernels use now.");
 }

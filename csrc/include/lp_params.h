@@ -87,7 +87,7 @@ struct MaskedBackward {
   const void* gate;
   IndexList live_in, live_out;
   Act act;
-  View grad_x;  // data == nullptr: not wanted; all gradients arrive zero-filled
+  View grad_x;        // data == nullptr: not wanted; all gradients arrive zero-filled
   void* grad_weight;  // contiguous
   void* grad_bias;
   void* grad_gate;

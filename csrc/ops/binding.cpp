@@ -4,14 +4,22 @@ namespace lp {
 
 const char* dtype_name(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
@@ -99,18 +107,19 @@ ConvShape conv_shape(const char* op, const Tensor& x, const Sizes& weight, const
       fail(op, ": ", name, " must be two integers >= ", least, "; got ", show(*value));
   }
   if (groups < 1 || channels % groups || weight[0] % groups)
-    fail(op, ": groups must divide both channel counts; got groups=", groups, " for ", channels, " inputs and ", weight[0], " outputs");
+    fail(op, ": groups must divide both channel counts; got groups=", groups, " for ", channels, " inputs and ", weight[0],
+         " outputs");
   if (weight[1] * groups != channels)
-    fail(op, ": weight must have shape (O, ", channels / groups, ", kh, kw) for ", channels, " input channels and groups=", groups,
-         "; got ", show(weight));
+    fail(op, ": weight must have shape (O, ", channels / groups, ", kh, kw) for ", channels,
+         " input channels and groups=", groups, "; got ", show(weight));
   if (weight[2] < 1 || weight[3] < 1) fail(op, ": the kernel must be at least 1x1; got weight ", show(weight));
-  ConvShape s{x.size(0), channels, x.size(2), x.size(3), weight[0], weight[2], weight[3], 0, 0, stride[0], stride[1],
-              padding[0], padding[1], dilation[0], dilation[1], groups};
+  ConvShape s{x.size(0), channels,  x.size(2), x.size(3),  weight[0],  weight[2],   weight[3],   0,
+              0,         stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], groups};
   const int64_t span_h = s.height + 2 * s.pad_h - s.dil_h * (s.kh - 1) - 1;
   const int64_t span_w = s.width + 2 * s.pad_w - s.dil_w * (s.kw - 1) - 1;
   if (span_h < 0 || span_w < 0)
-    fail(op, ": the dilated kernel is larger than the padded input; x is ", show_shape(x), ", weight ", show(weight), ", padding ",
-         show(padding), ", dilation ", show(dilation));
+    fail(op, ": the dilated kernel is larger than the padded input; x is ", show_shape(x), ", weight ", show(weight),
+         ", padding ", show(padding), ", dilation ", show(dilation));
   s.out_h = span_h / s.stride_h + 1;
   s.out_w = span_w / s.stride_w + 1;
   return s;

@@ -10,18 +10,20 @@ ScalarType compute_type(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
     case ScalarType::Half:
-    case ScalarType::BFloat16: return ScalarType::Float;
-    case ScalarType::Double: return ScalarType::Double;
+    case ScalarType::BFloat16:
+      return ScalarType::Float;
+    case ScalarType::Double:
+      return ScalarType::Double;
     default:
       fail(op, ": ", name, " must be float32, float64, bfloat16 or float16; got ", dtype_name(t.scalar_type()));
   }
 }
 
 DType storage_type(ScalarType t) {
-  return t == ScalarType::Double ? DType::f64
+  return t == ScalarType::Double     ? DType::f64
          : t == ScalarType::BFloat16 ? DType::bf16
-         : t == ScalarType::Half ? DType::f16
-                                 : DType::f32;
+         : t == ScalarType::Half     ? DType::f16
+                                     : DType::f32;
 }
 
 Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups) {
@@ -54,12 +56,11 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
   const int64_t x_channels = x.size(1);
   std::optional<Tensor> in, out;
   if (in_index) in = index_argument(op, "in_index", *in_index, x_channels, Order::any, x);
-  const ConvShape s =
-      conv_shape(op, x, weight_shape, stride, padding, dilation, groups, in ? in->size(0) : x_channels);
+  const ConvShape s = conv_shape(op, x, weight_shape, stride, padding, dilation, groups, in ? in->size(0) : x_channels);
   const int64_t size = packed_size(s.outputs, s.channels / s.groups, s.kh * s.kw, s.groups);
   if (packed.dim() != 1 || packed.size(0) != size || packed.is_cuda() != x.is_cuda())
-    fail(op, ": packed must have shape (", size, ") and be on x's device for weight_shape ", show(weight_shape), "; got ", show_shape(packed),
-         " (make it with pack_conv2d_weight(weight, groups))");
+    fail(op, ": packed must have shape (", size, ") and be on x's device for weight_shape ", show(weight_shape), "; got ",
+         show_shape(packed), " (make it with pack_conv2d_weight(weight, groups))");
   if (compute_type(op, "packed", packed) != type)
     fail(op, ": packed must be ", dtype_name(type), " (or x's dtype) for x of ", dtype_name(x.scalar_type()), "; got ",
          dtype_name(packed.scalar_type()));
@@ -69,15 +70,15 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
   const Tensor weights = in_compute_type(packed);
   std::optional<Tensor> shift;
   if (bias) {
-    if (compute_type(op, "bias", *bias) != type) fail(op, ": bias must be ", dtype_name(type), " or x's dtype; got ", dtype_name(bias->scalar_type()));
+    if (compute_type(op, "bias", *bias) != type)
+      fail(op, ": bias must be ", dtype_name(type), " or x's dtype; got ", dtype_name(bias->scalar_type()));
     const Tensor b = in_compute_type(*bias);
     shift = vector_argument(op, "bias", b, s.outputs, b);
     if (b.is_cuda() != x.is_cuda()) fail(op, ": bias must be on the same device as x");
   }
   int64_t y_channels = s.outputs;
   if (out_index) {
-    if (!residual)
-      fail(op, ": out_index adds the outputs to channels of residual, so residual must not be None");
+    if (!residual) fail(op, ": out_index adds the outputs to channels of residual, so residual must not be None");
     y_channels = residual->dim() == 4 ? residual->size(1) : 0;
     out = index_argument(op, "out_index", *out_index, y_channels, Order::unique, x);
     if (out->size(0) != s.outputs)

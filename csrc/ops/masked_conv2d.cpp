@@ -15,7 +15,8 @@ struct Arguments {
 
 Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                 const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in, const std::optional<Tensor>& live_out,
-                const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups, const std::string& activation) {
+                const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+                const std::string& activation) {
   if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)
     fail(op, ": x must be float32 or float64; got ", dtype_name(x.scalar_type()), " (cast with x.float())");
   if (weight.scalar_type() != x.scalar_type())
@@ -49,8 +50,9 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const std::optional<
   Tensor y = new_output(x, {s.n, s.outputs, s.out_h, s.out_w});
   const IndexList out = list_of(a.live_out, s.outputs);
   if (out.count < s.outputs) torch::stable::zero_(y);
-  const MaskedForward f{s,         a.dtype, view_of(x), view_of(y), view_of(weight), data_of(a.bias), data_of(a.gate),
-                        list_of(a.live_in, s.channels), out, a.act};
+  const MaskedForward f{
+      s,   a.dtype, view_of(x), view_of(y), view_of(weight), data_of(a.bias), data_of(a.gate), list_of(a.live_in, s.channels),
+      out, a.act};
   Scratch scratch(x);
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());

@@ -92,9 +92,8 @@ void compact(const CompactForward& f, const Env& env) {
 
 void pack_cpu(const View& weight, DType dtype, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw,
               int64_t groups, void* packed, const Env&) {
-  dtype == DType::f64
-      ? pack(weight, outputs, channels_per_group, kh, kw, groups, static_cast<double*>(packed))
-      : pack(weight, outputs, channels_per_group, kh, kw, groups, static_cast<float*>(packed));
+  dtype == DType::f64 ? pack(weight, outputs, channels_per_group, kh, kw, groups, static_cast<double*>(packed))
+                      : pack(weight, outputs, channels_per_group, kh, kw, groups, static_cast<float*>(packed));
 }
 
 void compact_forward_cpu(const CompactForward& f, const Env& env) {

@@ -9,8 +9,7 @@ using TileFn = void (*)(const T* const* pixel, const int64_t* run_at, const int6
 template <class T, int Bytes, int W, int P, int MR, int... I>
 static inline __attribute__((always_inline)) void tile_body(const T* const* pixel, const int64_t* run_at,
                                                             const int64_t* run_length, int runs, const T* weight,
-                                                            int64_t panel_stride, T* out,
-                                                            std::integer_sequence<int, I...>) {
+                                                            int64_t panel_stride, T* out, std::integer_sequence<int, I...>) {
   using V = typename Simd<T, Bytes>::reg;
   using M = typename Simd<T, Bytes>::mem;
   constexpr int L = Simd<T, Bytes>::lanes, per_panel = W / L, NV = per_panel * P;
@@ -65,8 +64,14 @@ static void depthwise_tile(const T* const* pixel, const int64_t* tap_at, const i
 
 // Pixels per tile by vectors per row: as many accumulators as the register file holds beside the operands.
 constexpr int max_rows(int vectors) {
-  return LP_REGISTERS == 32 ? (vectors == 1 ? 14 : vectors == 2 ? 14 : vectors == 3 ? 8 : 6)
-                            : (vectors == 1 ? 12 : vectors == 2 ? 6 : vectors <= 4 ? 3 : 1);
+  return LP_REGISTERS == 32 ? (vectors == 1   ? 14
+                               : vectors == 2 ? 14
+                               : vectors == 3 ? 8
+                                              : 6)
+                            : (vectors == 1   ? 12
+                               : vectors == 2 ? 6
+                               : vectors <= 4 ? 3
+                                              : 1);
 }
 
 template <class T, int W>
@@ -218,10 +223,10 @@ static void conv(const TapConv& p, const Env& env) {
       for (int64_t r = 0; r < t.rows; ++r)
         for (int64_t c = 0; c < p.cols; ++c, ++pixels) {
           const int64_t n = t.image0 + i, row = t.row0 + r;
-          table.in[pixels] =
-              in_place ? reinterpret_cast<const T*>(p.x.data) + n * p.x.n + (row * p.step_h + p.tap_h[0]) * p.x.h +
-                             (c * p.step_w + p.tap_w[0]) * p.x.w + channel[0]
-                       : staged + ((i * staged_rows + r * b.pixel_step_h) * b.staged_cols + c * b.pixel_step_w) * ld;
+          table.in[pixels] = in_place
+                                 ? reinterpret_cast<const T*>(p.x.data) + n * p.x.n + (row * p.step_h + p.tap_h[0]) * p.x.h +
+                                       (c * p.step_w + p.tap_w[0]) * p.x.w + channel[0]
+                                 : staged + ((i * staged_rows + r * b.pixel_step_h) * b.staged_cols + c * b.pixel_step_w) * ld;
           table.out[pixels] = n * p.out.n + row * p.out.h + c * p.out.w;
           table.residual[pixels] = n * p.residual.n + row * p.residual.h + c * p.residual.w;
         }

@@ -46,7 +46,7 @@ inline void cut_chunks(ChannelLists& l, int64_t count, int64_t chunk) {
 
 struct Taps {
   int count;
-  int64_t *h, *w;  // offsets from the pixel's origin
+  int64_t *h, *w;    // offsets from the pixel's origin
   int64_t *kh, *kw;  // position in the weight
 };
 
@@ -124,7 +124,8 @@ inline CpuKernels const& level() { return cpu_kernels(); }
 inline void run_conv(DType dtype, const TapConv& p, const Env& env) { level().conv[int(dtype)](p, env); }
 
 // A tap-less convolution: writes act(shift + residual) to the listed channels.
-inline void fill_channels(TapConv p, const ChannelLists& outs, const void* scale, const void* shift, DType dtype, const Env& env) {
+inline void fill_channels(TapConv p, const ChannelLists& outs, const void* scale, const void* shift, DType dtype,
+                          const Env& env) {
   if (outs.count() == 0) return;
   int64_t* none = scratch<int64_t>(env, 2);
   none[0] = none[1] = 0;

@@ -27,10 +27,11 @@ namespace LP_ISA {
 }  // namespace
 
 const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
-  static const CpuKernels table = {LP_STRING(LP_ISA),
-                                   {LP_ISA::conv<float>, LP_ISA::conv<double>, LP_ISA::conv<LP_ISA::bf16>, LP_ISA::conv<LP_ISA::f16>},
-                                   {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
-                                   {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>}};
+  static const CpuKernels table = {
+      LP_STRING(LP_ISA),
+      {LP_ISA::conv<float>, LP_ISA::conv<double>, LP_ISA::conv<LP_ISA::bf16>, LP_ISA::conv<LP_ISA::f16>},
+      {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
+      {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>}};
   return table;
 }
 

@@ -133,10 +133,24 @@ void pack_panels(TapConv& p, const Env& env, const ConvShape& s, const View& w, 
   begin[0] = 0;
   for (int g = 0; g < outs.groups; ++g) {
     const int64_t ni = ins.size(g), no = outs.size(g);
-    packs[g] = flip ? PanelPack<T>{static_cast<const T*>(w.data), in_at + ins.begin[g], ni, out_at + outs.begin[g], no,
-                                   scale ? scale + outs.begin[g] : nullptr, tap_at, taps.count, nullptr}
-                    : PanelPack<T>{static_cast<const T*>(w.data), out_at + outs.begin[g], no, in_at + ins.begin[g], ni,
-                                   nullptr, tap_at, taps.count, nullptr};
+    packs[g] = flip ? PanelPack<T>{static_cast<const T*>(w.data),
+                                   in_at + ins.begin[g],
+                                   ni,
+                                   out_at + outs.begin[g],
+                                   no,
+                                   scale ? scale + outs.begin[g] : nullptr,
+                                   tap_at,
+                                   taps.count,
+                                   nullptr}
+                    : PanelPack<T>{static_cast<const T*>(w.data),
+                                   out_at + outs.begin[g],
+                                   no,
+                                   in_at + ins.begin[g],
+                                   ni,
+                                   nullptr,
+                                   tap_at,
+                                   taps.count,
+                                   nullptr};
     begin[g + 1] = begin[g] + packed_width(packs[g].lanes) * packs[g].reds * taps.count;
   }
   T* packed = scratch<T>(env, begin[outs.groups]);

@@ -136,12 +136,19 @@ static inline T activate_grad(T s) {
 template <class F>
 static inline void with_act(Act act, F&& f) {
   switch (act) {
-    case Act::relu: return f(std::integral_constant<Act, Act::relu>());
-    case Act::relu6: return f(std::integral_constant<Act, Act::relu6>());
-    case Act::silu: return f(std::integral_constant<Act, Act::silu>());
-    case Act::hardswish: return f(std::integral_constant<Act, Act::hardswish>());
-    case Act::gelu: return f(std::integral_constant<Act, Act::gelu>());
-    case Act::sigmoid: return f(std::integral_constant<Act, Act::sigmoid>());
-    default: return f(std::integral_constant<Act, Act::none>());
+    case Act::relu:
+      return f(std::integral_constant<Act, Act::relu>());
+    case Act::relu6:
+      return f(std::integral_constant<Act, Act::relu6>());
+    case Act::silu:
+      return f(std::integral_constant<Act, Act::silu>());
+    case Act::hardswish:
+      return f(std::integral_constant<Act, Act::hardswish>());
+    case Act::gelu:
+      return f(std::integral_constant<Act, Act::gelu>());
+    case Act::sigmoid:
+      return f(std::integral_constant<Act, Act::sigmoid>());
+    default:
+      return f(std::integral_constant<Act, Act::none>());
   }
 }

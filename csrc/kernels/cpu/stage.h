@@ -52,10 +52,8 @@ template <class S, class T>
 static void stage_row_planes(T* dst, const S* src, int64_t channel_stride, int64_t pixel_stride, int64_t pixels,
                              const int64_t* channel, int64_t channels, int64_t ld) {
   int64_t i = 0;
-  for (; i + 8 <= channels; i += 8)
-    transpose_block<8>(dst + i, src, channel_stride, pixel_stride, pixels, channel + i, ld);
-  for (; i < channels; ++i)
-    transpose_block<1>(dst + i, src, channel_stride, pixel_stride, pixels, channel + i, ld);
+  for (; i + 8 <= channels; i += 8) transpose_block<8>(dst + i, src, channel_stride, pixel_stride, pixels, channel + i, ld);
+  for (; i < channels; ++i) transpose_block<1>(dst + i, src, channel_stride, pixel_stride, pixels, channel + i, ld);
   for (; i < ld; ++i)
     for (int64_t p = 0; p < pixels; ++p) dst[p * ld + i] = T(0);
 }
@@ -88,8 +86,8 @@ struct Bands {
   int64_t images, rows;  // per task; images > 1 only when a task takes whole images
   int64_t image_blocks, row_blocks, tasks;
   int64_t staged_rows, staged_cols, pixels;  // upper bounds for one task
-  int64_t pixel_step_h, pixel_step_w;  // in staged rows and columns
-  int64_t source_step_h, source_step_w;  // staged row r is input row first + r * source_step_h
+  int64_t pixel_step_h, pixel_step_w;        // in staged rows and columns
+  int64_t source_step_h, source_step_w;      // staged row r is input row first + r * source_step_h
   int64_t min_h, min_w, extent_h, extent_w;  // of the taps
   int64_t ld;
 };
@@ -188,8 +186,7 @@ static void run_tasks(const Env& env, int64_t tasks, const F& body) {
       [](int64_t begin, int64_t end, void* ctx) {
         auto* c = static_cast<Context*>(ctx);
         for (int64_t slot = begin; slot < end; ++slot)
-          for (int64_t task; (task = c->next.fetch_add(1, std::memory_order_relaxed)) < c->tasks;)
-            (*c->body)(int(slot), task);
+          for (int64_t task; (task = c->next.fetch_add(1, std::memory_order_relaxed)) < c->tasks;) (*c->body)(int(slot), task);
       },
       &context);
 }

@@ -16,22 +16,22 @@ struct TapConv {
   const int64_t* out_begin;
   int taps;
   const int64_t *tap_h, *tap_w;  // offset of each tap from the pixel's origin, row-major and ascending
-  int64_t rows, cols;  // pixels of this (phase of the) output
-  int64_t step_h, step_w;  // origin of pixel (r, c) is (r * step_h, c * step_w)
-  View out;  // base already at the phase's first pixel, strides already times the phase step
+  int64_t rows, cols;            // pixels of this (phase of the) output
+  int64_t step_h, step_w;        // origin of pixel (r, c) is (r * step_h, c * step_w)
+  View out;                      // base already at the phase's first pixel, strides already times the phase step
   View residual;
-  const void* weight;  // packed, accumulator type
+  const void* weight;           // packed, accumulator type
   const int64_t* weight_begin;  // per group
-  const void* scale;  // per compact output or nullptr
+  const void* scale;            // per compact output or nullptr
   const void* shift;
   Act act;
   bool depthwise;  // in_channel[i] feeds out_channel[i]; weight is (tap, channel padded to 16)
 };
 
 struct TapWeightGrad {
-  TapConv conv;  // x, taps, pixels, channel lists
-  View grad;  // gradient at the convolution's output; channels through conv.out_channel
-  void* partial;  // [parts][partial_size]
+  TapConv conv;          // x, taps, pixels, channel lists
+  View grad;             // gradient at the convolution's output; channels through conv.out_channel
+  void* partial;         // [parts][partial_size]
   int64_t partial_size;  // group by group: panels x (taps x inputs) x 16; then, per group, panels x 16 sums of grad
   const int64_t* partial_begin;
   const int64_t* sum_begin;

@@ -4,8 +4,8 @@
 
 template <class T>
 struct GradBand {
-  const T* x;  // staged inputs
-  const T* grad;  // [panel][pixel][16]
+  const T* x;                        // staged inputs
+  const T* grad;                     // [panel][pixel][16]
   int64_t rows, cols, x_row, x_col;  // steps of the staged input, in elements
 };
 
@@ -44,8 +44,7 @@ static inline __attribute__((always_inline)) void grad_tile_body(const GradBand<
 template <class T, int Bytes, int P, int MR>
 static void grad_tile(const GradBand<T>& band, int64_t x_at, int64_t panel_stride, T* sums, int64_t sums_panel, int64_t used) {
   constexpr int NV = int(kPanel) / Simd<T, Bytes>::lanes * P;
-  grad_tile_body<T, Bytes, P, MR>(band, x_at, panel_stride, sums, sums_panel, used,
-                                  std::make_integer_sequence<int, MR * NV>());
+  grad_tile_body<T, Bytes, P, MR>(band, x_at, panel_stride, sums, sums_panel, used, std::make_integer_sequence<int, MR * NV>());
 }
 
 template <class T>
@@ -109,8 +108,9 @@ static void depthwise_weight_grad(const TapConv& p, const Bands& b, const Task& 
         const T* q = grad + first * pixels + lane;
         for (int64_t i = 0; i < t.images; ++i)
           for (int64_t r = 0; r < t.rows; ++r) {
-            const T* x = staged + first + lane +
-                         ((i * staged_rows + r * b.pixel_step_h + p.tap_h[k] - b.min_h) * b.staged_cols + p.tap_w[k] - b.min_w) * ld;
+            const T* x =
+                staged + first + lane +
+                ((i * staged_rows + r * b.pixel_step_h + p.tap_h[k] - b.min_h) * b.staged_cols + p.tap_w[k] - b.min_w) * ld;
             for (int64_t c = 0; c < p.cols; ++c, x += b.pixel_step_w * ld, q += kPanel)
               acc += *reinterpret_cast<const M*>(x) * *reinterpret_cast<const M*>(q);
           }
@@ -140,7 +140,9 @@ static void task_weight_grad(const TapConv& p, const Bands& b, const Task& t, co
         for (int64_t i = 0; i < (joined ? 1 : t.images); ++i) {
           const GradBand<T> band{staged + i * staged_rows * b.staged_cols * inputs,
                                  grad + (panel * pixels + i * t.rows * p.cols) * kPanel,
-                                 joined ? t.images * t.rows : t.rows, p.cols, b.pixel_step_h * b.staged_cols * inputs,
+                                 joined ? t.images * t.rows : t.rows,
+                                 p.cols,
+                                 b.pixel_step_h * b.staged_cols * inputs,
                                  b.pixel_step_w * inputs};
           set.fn[used](band, x_at, pixels * kPanel, out, kPanel * depth, used);
         }
@@ -160,7 +162,8 @@ static void weight_grad(const TapWeightGrad& w, const Env& env) {
   for (int g = 0; g < p.groups; ++g) most_outputs = std::max(most_outputs, p.out_begin[g + 1] - p.out_begin[g]);
   const int64_t staged = round_up(staged_elements(b) + 64, 16);
   const int64_t slot_elements = staged + b.pixels * round_up(most_outputs, kPanel) + 64;
-  T* scratch = reinterpret_cast<T*>(aligned(static_cast<char*>(env.alloc(env.owner, size_t(w.parts * slot_elements) * sizeof(T) + 64))));
+  T* scratch =
+      reinterpret_cast<T*>(aligned(static_cast<char*>(env.alloc(env.owner, size_t(w.parts * slot_elements) * sizeof(T) + 64))));
   struct Context {
     const TapWeightGrad& w;
     const Bands& b;
@@ -212,8 +215,8 @@ static void act_grad(const ActGrad& p, const Env& env) {
       T* saved = scratch + slot * row;
       const Axis one{0, 1, 1}, all{0, 1, p.cols};
       const View gy{nullptr, 0, p.grad_y.c, 0, p.grad_y.w}, sv{nullptr, 0, p.saved.c, 0, p.saved.w};
-      stage_band(out, static_cast<const T*>(p.grad_y.data) + n * p.grad_y.n + r * p.grad_y.h, gy, 1, p.cols, one, all, p.channel,
-                 p.channels, p.channels);
+      stage_band(out, static_cast<const T*>(p.grad_y.data) + n * p.grad_y.n + r * p.grad_y.h, gy, 1, p.cols, one, all,
+                 p.channel, p.channels, p.channels);
       stage_band(saved, static_cast<const T*>(p.saved.data) + n * p.saved.n + r * p.saved.h, sv, 1, p.cols, one, all, p.channel,
                  p.channels, p.channels);
       with_act(p.act, [&](auto act) {

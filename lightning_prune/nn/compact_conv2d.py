@@ -1,0 +1,201 @@
+"""`CompactConv2d`: inference convolution with folded norm, activation, residual add, gather and scatter-add."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import ops
+from lightning_prune.nn._convert import activation_name, symmetric_padding
+from lightning_prune.ops.masked_conv2d import pair
+from lightning_prune.ops.reference import check_index, packed_size
+
+
+def _fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution followed by the norm in eval mode; computed in float64."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(
+            "norm must have running statistics; track_running_stats=False cannot be folded into a convolution"
+        )
+    if norm.num_features != weight.shape[0]:
+        raise ValueError(
+            f"norm must have {weight.shape[0]} features like the convolution's outputs, got {norm.num_features}"
+        )
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if bias is not None:
+        shift = shift + bias.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return (weight.double() * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
+
+
+class CompactConv2d(nn.Module):
+    """Inference drop-in for a convolution (+ BatchNorm) (+ activation), at any channel count.
+
+    Holds buffers only: the packed weight, the bias and the channel indices. They are in ``state_dict``, so the module
+    saves and loads without pickle, and in any dtype to which the module is converted.
+
+    Args:
+        weight_shape: (O, C / groups, kh, kw).
+        stride: one or two integers.
+        padding: one or two integers.
+        dilation: one or two integers.
+        groups: of the convolution.
+        bias: whether there is a bias.
+        activation: none, relu, relu6, silu, hardswish, gelu or sigmoid.
+        in_index: int64 channels of the input that are read, or None for all.
+        out_index: int64 channels of the residual to which the outputs are added, or None.
+        device: of the buffers.
+        dtype: of the buffers.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> conv, norm = nn.Conv2d(3, 5, 3, padding=1).eval(), nn.BatchNorm2d(5).eval()
+        >>> fused = CompactConv2d.from_conv(conv, norm, activation="relu")
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> with torch.no_grad():
+        ...     torch.allclose(fused(x), torch.relu(norm(conv(x))), atol=1e-5)
+        True
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+    in_index: Tensor | None
+    out_index: Tensor | None
+
+    def __init__(
+        self,
+        weight_shape: Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        activation: str | nn.Module | None = None,
+        in_index: Tensor | None = None,
+        out_index: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight_shape = [int(size) for size in weight_shape]
+        self.stride, self.padding, self.dilation = pair(stride), pair(padding), pair(dilation)
+        self.groups = groups
+        self.activation = activation_name(activation)
+        if in_index is not None and in_index.numel() != self.in_channels:
+            raise ValueError(
+                f"in_index must have {self.in_channels} entries, one per input; got {in_index.numel()}"
+            )
+        if out_index is not None and out_index.numel() != self.out_channels:
+            raise ValueError(
+                f"out_index must have {self.out_channels} entries, one per output; got {out_index.numel()}"
+            )
+        check_index("out_index", out_index, torch.iinfo(torch.int64).max, unique=True)
+        packed = torch.zeros(packed_size(self.weight_shape, groups), device=device, dtype=dtype)
+        self.register_buffer("packed", packed)
+        self.register_buffer(
+            "bias", torch.zeros(self.out_channels, device=device, dtype=dtype) if bias else None
+        )
+        self.register_buffer("in_index", None if in_index is None else in_index.detach().clone().to(device))
+        self.register_buffer(
+            "out_index", None if out_index is None else out_index.detach().clone().to(device)
+        )
+        self.eval()
+
+    @property
+    def in_channels(self) -> int:
+        """Inputs of the convolution (after the gather)."""
+        return self.weight_shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        """Outputs of the convolution (before the scatter-add)."""
+        return self.weight_shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The folded weight, unpacked; shape ``weight_shape``."""
+        return ops.unpack_conv2d_weight(self.packed, self.weight_shape, self.groups)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d | None = None,
+        activation: str | nn.Module | None = None,
+        in_index: Tensor | None = None,
+        out_index: Tensor | None = None,
+    ) -> CompactConv2d:
+        """Fold a convolution, its norm (in eval mode) and its activation into one module.
+
+        Args:
+            conv: with zero padding; not changed.
+            norm: BatchNorm2d with running statistics, or None.
+            activation: a name, one of the torch modules the operator knows, or None.
+            in_index: see the class.
+            out_index: see the class.
+
+        Raises:
+            ValueError: a padding, norm or activation that cannot be folded; the message says which and what to do.
+        """
+        weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+        if norm is not None:
+            with torch.no_grad():
+                weight, bias = _fold_batch_norm(weight, bias, norm)
+        module = cls(
+            weight.shape,
+            cast(tuple[int, int], conv.stride),
+            symmetric_padding(conv),
+            cast(tuple[int, int], conv.dilation),
+            conv.groups,
+            bias is not None,
+            activation,
+            in_index,
+            out_index,
+            weight.device,
+            weight.dtype,
+        )
+        module.packed = ops.pack_conv2d_weight(weight, conv.groups).to(weight.dtype)
+        if bias is not None:
+            module.bias = bias.clone()
+        return module
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``act(conv(x[:, in_index]) + bias + residual)``; see :func:`lightning_prune.ops.compact_conv2d`.
+
+        Args:
+            x: shape (N, C, H, W).
+            residual: added before the activation; required with ``out_index``.
+
+        Returns:
+            Tensor of shape (N, O, H', W'), or of the residual's shape with ``out_index``.
+        """
+        return ops.compact_conv2d(
+            x,
+            self.packed,
+            self.bias,
+            residual,
+            self.in_index,
+            self.out_index,
+            self.weight_shape,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, as nn.Conv2d prints them."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={tuple(self.weight_shape[2:])}, stride={tuple(self.stride)}"
+        text += f", padding={tuple(self.padding)}, dilation={tuple(self.dilation)}, groups={self.groups}"
+        text += f", bias={self.bias is not None}, activation={self.activation}"
+        text += "" if self.in_index is None else f", in_index={self.in_index.numel()}"
+        return text + ("" if self.out_index is None else f", out_index={self.out_index.numel()}")

@@ -1,0 +1,153 @@
+"""Fake kernels, autograd and autocast of the compiled operators; registered once, when the library has loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.ops import _loading
+
+NAMESPACE = "lightning_prune"
+# Activations whose derivative is a function of their output; the others need the value before the activation.
+DERIVATIVE_FROM_OUTPUT = frozenset({"relu", "relu6", "sigmoid"})
+
+
+def output_format(x: Tensor) -> torch.memory_format:
+    """channels_last for inputs that are channels_last and not plain contiguous; the C++ rule is the same."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def new_output(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """An uninitialised tensor of ``shape`` with x's dtype and device, in x's memory format."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=output_format(x))
+
+
+def output_size(size: Any, kernel: Any, stride: int, padding: int, dilation: int) -> Any:
+    """Output extent of a convolution along one dimension."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _spatial(
+    x: Tensor, kernel: Any, stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[Any, Any]:
+    height = output_size(x.shape[2], kernel[0], stride[0], padding[0], dilation[0])
+    width = output_size(x.shape[3], kernel[1], stride[1], padding[1], dilation[1])
+    return height, width
+
+
+def _masked_conv2d_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    live_in: Tensor | None,
+    live_out: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    height, width = _spatial(x, weight.shape[2:], stride, padding, dilation)
+    return new_output(x, (x.shape[0], weight.shape[0], height, width))
+
+
+def _masked_conv2d_backward_fake(
+    grad_y: Tensor,
+    saved: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    live_in: Tensor | None,
+    live_out: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = weight.shape[0]
+    return (
+        new_output(x, tuple(x.shape) if need_x else (0, 0, 0, 0)),
+        x.new_empty(tuple(weight.shape) if need_weight else (0, 0, 0, 0)),
+        x.new_empty((outputs if need_bias else 0,)),
+        x.new_empty((outputs if need_gate else 0,)),
+    )
+
+
+def _pack_fake(weight: Tensor, groups: int) -> Tensor:
+    from lightning_prune.ops.reference import compute_dtype, packed_size
+
+    return weight.new_empty((packed_size(tuple(weight.shape), groups),), dtype=compute_dtype(weight.dtype))
+
+
+def _compact_conv2d_fake(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    height, width = _spatial(x, weight_shape[2:], stride, padding, dilation)
+    channels = residual.shape[1] if residual is not None and out_index is not None else weight_shape[0]
+    return new_output(x, (x.shape[0], channels, height, width))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, gate, live_in, live_out, *settings = inputs
+    ctx.settings = settings
+    saved = output if settings[-1] in DERIVATIVE_FROM_OUTPUT else None
+    ctx.save_for_backward(x, weight, bias, gate, live_in, live_out, saved)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    x, weight, bias, gate, live_in, live_out, saved = ctx.saved_tensors
+    *settings, activation = ctx.settings
+    op = torch.ops.lightning_prune
+    if activation != "none" and saved is None:
+        # Recomputing the value before the activation is cheaper in memory than keeping a second activation map.
+        saved = op.masked_conv2d(x, weight, bias, gate, live_in, live_out, *settings, "none")
+    needs = [ctx.needs_input_grad[i] for i in range(4)]
+    grads = op.masked_conv2d_backward(
+        grad_y, saved, x, weight, bias, gate, live_in, live_out, *settings, activation, *needs
+    )
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *([None] * 7))
+
+
+def _no_second_order(ctx: Any, *grads: Tensor) -> Any:
+    raise NotImplementedError(
+        "masked_conv2d has no second derivative; compute double gradients with lightning_prune.ops.reference.masked_conv2d"
+    )
+
+
+def _register() -> None:
+    library = torch.library
+    library.register_fake(f"{NAMESPACE}::masked_conv2d", _masked_conv2d_fake)
+    library.register_fake(f"{NAMESPACE}::masked_conv2d_backward", _masked_conv2d_backward_fake)
+    library.register_fake(f"{NAMESPACE}::pack_conv2d_weight", _pack_fake)
+    library.register_fake(f"{NAMESPACE}::compact_conv2d", _compact_conv2d_fake)
+    library.register_autograd(f"{NAMESPACE}::masked_conv2d", _backward, setup_context=_setup_context)
+    library.register_autograd(f"{NAMESPACE}::masked_conv2d_backward", _no_second_order)
+    for device in ("cpu", "cuda"):
+        library.register_autocast(f"{NAMESPACE}::masked_conv2d", device, torch.float32)
+
+
+LOADED = _loading.load() is None
+if LOADED:
+    _register()

@@ -1,0 +1,85 @@
+"""`compact_conv2d` and its weight packing: inference at any channel count, with a fused epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_prune.ops import reference
+from lightning_prune.ops.availability import can_run_compact_conv2d
+from lightning_prune.ops.masked_conv2d import pair
+from lightning_prune.ops.reference import unpack_conv2d_weight
+
+__all__ = ["compact_conv2d", "pack_conv2d_weight", "unpack_conv2d_weight"]
+
+
+def pack_conv2d_weight(weight: Tensor, groups: int = 1) -> Tensor:
+    """Rearrange a convolution weight for :func:`compact_conv2d`.
+
+    Args:
+        weight: shape (O, C / groups, kh, kw); float32, float64, bfloat16 or float16.
+        groups: of the convolution.
+
+    Returns:
+        1-D tensor on the weight's device; float64 for float64 weights, else float32. Its layout does not depend on the
+        CPU or the device, so it may be saved and loaded elsewhere. ``unpack_conv2d_weight`` is the inverse.
+
+    Raises:
+        RuntimeError: the weight is not 4-D or ``groups`` does not divide its outputs (ValueError in the fallback).
+    """
+    with torch.no_grad():
+        if can_run_compact_conv2d(weight).ok:
+            return torch.ops.lightning_prune.pack_conv2d_weight(weight, groups)
+        return reference.pack_conv2d_weight(weight, groups)
+
+
+def compact_conv2d(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "none",
+) -> Tensor:
+    """Inference convolution with bias, residual add, activation, channel gather and channel scatter-add in one pass.
+
+    Without ``out_index``: ``y = act(conv(x[:, in_index]) + bias + residual)``. With it, the outputs are added to the
+    listed channels of a copy of ``residual`` and the activation applies to **all** channels of the sum, also to those no
+    output is added to: ``y = act(residual.index_add(1, out_index, conv(x[:, in_index]) + bias))``.
+
+    Args:
+        x: shape (N, Cx, H, W); float32, float64, bfloat16 or float16; any strides.
+        packed: from :func:`pack_conv2d_weight`.
+        bias: shape (O,) or None; x's dtype or the packed dtype.
+        residual: shape (N, O, H', W') or, with ``out_index``, (N, R, H', W') of any width R; x's dtype; or None.
+        in_index: int64 channels of x that are the convolution's inputs, in this order, repeats allowed; None for all.
+        out_index: one distinct int64 channel of ``residual`` per output, in any order; None for 0 .. O-1.
+        weight_shape: (O, C / groups, kh, kw) of the weight that was packed.
+        stride: one or two integers.
+        padding: one or two integers, zeros.
+        dilation: one or two integers.
+        groups: as in ``torch.nn.functional.conv2d``.
+        activation: none, relu, relu6, silu, hardswish, gelu or sigmoid.
+
+    Returns:
+        Tensor of x's dtype, in channels_last when x is. Half types accumulate in float32 and round once.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or index does not fit (ValueError or RuntimeError in the fallback).
+
+    There is no gradient: an input that requires one is computed by the reference, which has one.
+    """
+    arguments = (list(weight_shape), pair(stride), pair(padding), pair(dilation), groups, activation)
+    if can_run_compact_conv2d(x).ok:
+        return torch.ops.lightning_prune.compact_conv2d(
+            x, packed, bias, residual, in_index, out_index, *arguments
+        )
+    return reference.compact_conv2d(x, packed, bias, residual, in_index, out_index, *arguments)

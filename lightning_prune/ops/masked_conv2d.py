@@ -1,0 +1,110 @@
+"""`masked_conv2d`: a trainable convolution that reads and computes live channels only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_prune.ops import reference
+from lightning_prune.ops.availability import can_run_masked_conv2d
+
+
+def pair(value: int | Sequence[int]) -> list[int]:
+    """One integer for both dimensions, or the two integers as given."""
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    live_in: Tensor | None = None,
+    live_out: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "none",
+) -> Tensor:
+    """Convolution of full-size tensors whose dead channels cost nothing, forward and backward.
+
+    ``y[:, o] = act(gate[o] * (conv(x restricted to live_in)[o] + bias[o]))`` for ``o`` in ``live_out``; exactly zero for
+    the other outputs. Gradients of dead slices are exactly zero. Dead input channels are not read (they may hold NaN).
+
+    Args:
+        x: input, shape (N, C, H, W), float32 or float64; any strides. A channels_last input gives a channels_last output.
+        weight: shape (O, C / groups, kh, kw), dtype of x.
+        bias: shape (O,) or None.
+        gate: multiplier per output channel, shape (O,), or None.
+        live_in: sorted unique int64 channels of x, or None for all.
+        live_out: sorted unique int64 output channels, or None for all.
+        stride: one or two integers.
+        padding: one or two integers, zeros.
+        dilation: one or two integers.
+        groups: as in ``torch.nn.functional.conv2d``.
+        activation: none, relu, relu6, silu, hardswish, gelu or sigmoid.
+
+    Returns:
+        Tensor of shape (N, O, H', W').
+
+    Raises:
+        RuntimeError: a shape, dtype, device or index does not fit; the message has the expected and the actual value.
+            (The fallback without the compiled extension raises ValueError or RuntimeError.)
+
+    Index values are checked on the CPU; on CUDA a check would stall the stream, and indices out of range are skipped.
+    Second derivatives are not implemented. Under autocast the operator runs in float32.
+    """
+    arguments = (pair(stride), pair(padding), pair(dilation), groups, activation)
+    if can_run_masked_conv2d(x, weight).ok:
+        return torch.ops.lightning_prune.masked_conv2d(x, weight, bias, gate, live_in, live_out, *arguments)
+    return reference.masked_conv2d(x, weight, bias, gate, live_in, live_out, *arguments)
+
+
+def masked_conv2d_backward(
+    grad_y: Tensor,
+    saved: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    live_in: Tensor | None = None,
+    live_out: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "none",
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of :func:`masked_conv2d` with respect to x, weight, bias and gate.
+
+    Args:
+        grad_y: gradient of the output, shape (N, O, H', W').
+        saved: the forward output for relu, relu6 and sigmoid; the value before the activation for silu, hardswish and
+            gelu; None for none. Ignored by the fallback, which recomputes.
+        x: as in the forward; so are all further arguments.
+
+    Returns:
+        Gradients of x, weight, bias and gate; None where bias or gate is None.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit, or ``saved`` is missing.
+    """
+    settings = (pair(stride), pair(padding), pair(dilation), groups, activation)
+    has_bias, has_gate = bias is not None, gate is not None
+    if can_run_masked_conv2d(x, weight).ok:
+        grads = torch.ops.lightning_prune.masked_conv2d_backward(
+            grad_y, saved, x, weight, bias, gate, live_in, live_out, *settings, True, True, has_bias, has_gate
+        )
+        return grads[0], grads[1], grads[2] if has_bias else None, grads[3] if has_gate else None
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, gate)]
+    with torch.enable_grad():
+        assert leaves[0] is not None and leaves[1] is not None
+        y = reference.masked_conv2d(leaves[0], leaves[1], leaves[2], leaves[3], live_in, live_out, *settings)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        found = iter(torch.autograd.grad(y, wanted, grad_y))
+    result = [None if leaf is None else next(found) for leaf in leaves]
+    assert result[0] is not None and result[1] is not None
+    return result[0], result[1], result[2], result[3]
