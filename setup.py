@@ -59,7 +59,7 @@ def find_cuda(torch) -> str | None:
     )
     if release.split(".")[0] != torch.version.cuda.split(".")[0]:
         print(
-            f"lightning-prune: nvcc is {release} but torch was built with CUDA {torch.version.cuda}: building without CUDA kernels"
+            f"lightning-prune: nvcc is {release}, torch has CUDA {torch.version.cuda}: building without CUDA kernels"
         )
         return None
     return nvcc
@@ -105,7 +105,7 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
     x86 = platform.machine() in ("x86_64", "AMD64")
     defines = f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}" + (" -DLP_HAVE_X86_LEVELS" if x86 else "")
     torch_flags = f"-isystem {torch_dir}/include -I{CSRC}/include -I{CSRC}/kernels/cpu"
-    cuda_include = f" -isystem {Path(nvcc).resolve().parents[1]}/include -DUSE_CUDA" if nvcc else ""
+    cuda_flag = " -DUSE_CUDA" if nvcc else ""
     info = [
         f'-DLP_TORCH_VERSION=\\"{torch.__version__}\\"',
         f'-DLP_CPU_LEVELS=\\"{"portable,avx2,avx512" if x86 else "portable"}\\"',
@@ -121,7 +121,8 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
         f"-ffp-contract=fast -Wall {defines} $extra -c $in -o $out",
         deps=True,
     )
-    ninja.rule("link", f"{compiler()} -shared $in -o $out $libraries", deps=False)
+    linker = f"{nvcc} -shared -cudart static" if nvcc else f"{compiler()} -shared"
+    ninja.rule("link", f"{linker} $in -o $out $libraries", deps=False)
 
     kernels = [
         ninja.compile("cxx", CSRC / "kernels/cpu" / f"{name}.cpp")
@@ -134,7 +135,7 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
             for name, flags in X86_LEVELS.items()
         ]
     bindings = [
-        ninja.compile("cxx", source, torch_flags + cuda_include)
+        ninja.compile("cxx", source, torch_flags + cuda_flag)
         for source in sorted((CSRC / "ops").glob("*.cpp"))
     ]
     libraries = f"-L{torch_dir}/lib -ltorch_cpu -ltorch -lc10"

@@ -35,9 +35,9 @@ def collect() -> dict[str, Any]:
     """Versions, build and run-time facts as plain data.
 
     Returns:
-        ``versions`` (package -> version or None), ``extension`` (``loaded``, ``reason``, ``path``, ``built_for``),
-        ``cpu`` (``features``, ``levels_built``, ``level_used``), ``cuda`` (``torch``, ``device``, ``built``, ``reason``,
-        ``nvcc``) and ``threads``.
+        ``versions`` (package -> version or None), ``extension`` (``loaded``, ``reason``, ``path``,
+        ``built_for``), ``cpu`` (``machine``, ``features``, ``levels_built``, ``level_used``), ``cuda``
+        (``torch``, ``device``, ``built``, ``reason``, ``nvcc``) and ``threads``.
     """
     from lightning_prune.ops import _loading, availability
 
@@ -60,7 +60,9 @@ def collect() -> dict[str, Any]:
         elif torch.version.cuda is None:
             cuda_reason = f"built for a torch without CUDA, you have torch {torch.__version__}"
         else:
-            cuda_reason = f"built without CUDA kernels, you have torch for CUDA {torch.version.cuda}; rebuild with nvcc on PATH"
+            cuda_reason = (
+                f"built without CUDA kernels, you have CUDA {torch.version.cuda}; rebuild with nvcc on PATH"
+            )
     elif device is None:
         cuda_reason = "no CUDA device is visible"
     return {

@@ -75,7 +75,7 @@ class MaskedConv2d(nn.Conv2d):
         self.live_out = None if live_out is None else live_out.to(device)
 
     def set_gate(self, gate: Tensor | None) -> None:
-        """Multiply output channel ``o`` by ``gate[o]`` before the activation; the tensor is used as it is, with gradient.
+        """Multiply output ``o`` by ``gate[o]`` before the activation; the tensor itself is used, with its gradient.
 
         Raises:
             ValueError: the gate does not have one value per output channel.

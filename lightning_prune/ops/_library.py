@@ -132,7 +132,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 
 def _no_second_order(ctx: Any, *grads: Tensor) -> Any:
     raise NotImplementedError(
-        "masked_conv2d has no second derivative; compute double gradients with lightning_prune.ops.reference.masked_conv2d"
+        "masked_conv2d has no second derivative; lightning_prune.ops.reference.masked_conv2d has one"
     )
 
 

@@ -52,8 +52,8 @@ def compact_conv2d(
     """Inference convolution with bias, residual add, activation, channel gather and channel scatter-add in one pass.
 
     Without ``out_index``: ``y = act(conv(x[:, in_index]) + bias + residual)``. With it, the outputs are added to the
-    listed channels of a copy of ``residual`` and the activation applies to **all** channels of the sum, also to those no
-    output is added to: ``y = act(residual.index_add(1, out_index, conv(x[:, in_index]) + bias))``.
+    listed channels of a copy of ``residual`` and the activation applies to **all** channels of the sum, also to
+    those no output is added to: ``y = act(residual.index_add(1, out_index, conv(x[:, in_index]) + bias))``.
 
     Args:
         x: shape (N, Cx, H, W); float32, float64, bfloat16 or float16; any strides.

@@ -31,11 +31,11 @@ def masked_conv2d(
 ) -> Tensor:
     """Convolution of full-size tensors whose dead channels cost nothing, forward and backward.
 
-    ``y[:, o] = act(gate[o] * (conv(x restricted to live_in)[o] + bias[o]))`` for ``o`` in ``live_out``; exactly zero for
-    the other outputs. Gradients of dead slices are exactly zero. Dead input channels are not read (they may hold NaN).
+    ``y[:, o] = act(gate[o] * (conv(x restricted to live_in)[o] + bias[o]))`` for ``o`` in ``live_out``; exactly
+    zero for the other outputs. Gradients of dead slices are exactly zero. Dead input channels are not read (they may hold NaN).
 
     Args:
-        x: input, shape (N, C, H, W), float32 or float64; any strides. A channels_last input gives a channels_last output.
+        x: input, shape (N, C, H, W), float32 or float64; any strides. channels_last in, channels_last out.
         weight: shape (O, C / groups, kh, kw), dtype of x.
         bias: shape (O,) or None.
         gate: multiplier per output channel, shape (O,), or None.
@@ -84,7 +84,17 @@ def masked_conv2d_backward(
         grad_y: gradient of the output, shape (N, O, H', W').
         saved: the forward output for relu, relu6 and sigmoid; the value before the activation for silu, hardswish and
             gelu; None for none. Ignored by the fallback, which recomputes.
-        x: as in the forward; so are all further arguments.
+        x: as in the forward, like all that follow.
+        weight: see :func:`masked_conv2d`.
+        bias: see :func:`masked_conv2d`.
+        gate: see :func:`masked_conv2d`.
+        live_in: see :func:`masked_conv2d`.
+        live_out: see :func:`masked_conv2d`.
+        stride: see :func:`masked_conv2d`.
+        padding: see :func:`masked_conv2d`.
+        dilation: see :func:`masked_conv2d`.
+        groups: see :func:`masked_conv2d`.
+        activation: see :func:`masked_conv2d`.
 
     Returns:
         Gradients of x, weight, bias and gate; None where bias or gate is None.
@@ -99,12 +109,17 @@ def masked_conv2d_backward(
             grad_y, saved, x, weight, bias, gate, live_in, live_out, *settings, True, True, has_bias, has_gate
         )
         return grads[0], grads[1], grads[2] if has_bias else None, grads[3] if has_gate else None
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, gate)]
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias, gate) if t is not None]
+    rest = iter(leaves[2:])
     with torch.enable_grad():
-        assert leaves[0] is not None and leaves[1] is not None
-        y = reference.masked_conv2d(leaves[0], leaves[1], leaves[2], leaves[3], live_in, live_out, *settings)
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad(y, wanted, grad_y))
-    result = [None if leaf is None else next(found) for leaf in leaves]
-    assert result[0] is not None and result[1] is not None
-    return result[0], result[1], result[2], result[3]
+        y = reference.masked_conv2d(
+            leaves[0],
+            leaves[1],
+            next(rest) if has_bias else None,
+            next(rest) if has_gate else None,
+            live_in,
+            live_out,
+            *settings,
+        )
+    found = iter(torch.autograd.grad(y, leaves, grad_y))
+    return next(found), next(found), next(found) if has_bias else None, next(found) if has_gate else None

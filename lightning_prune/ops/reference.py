@@ -1,4 +1,4 @@
-"""Pure-torch definitions of the operators: what the compiled kernels are tested against and the fallback without them."""
+"""Pure-torch definitions of the operators: the yardstick of the compiled kernels and the fallback without them."""
 
 from __future__ import annotations
 
