@@ -22,7 +22,7 @@ _HOME = {
     "Latency": "latency",
     "PlanError": "errors",
     "PruneError": "errors",
-    "PruneReport": "report",
+    "PruneReport": "outcome",
     "PruneResult": "prune",
     "TraceError": "errors",
     "compact": "compaction",
@@ -59,10 +59,10 @@ if TYPE_CHECKING:
     from .latency import Latency as Latency
     from .latency import compare_latency as compare_latency
     from .latency import measure_latency as measure_latency
+    from .outcome import PruneReport as PruneReport
     from .profiling import profile as profile
     from .prune import PruneResult as PruneResult
     from .prune import prune_channels as prune_channels
-    from .report import PruneReport as PruneReport
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,9 @@ def map_inputs(example_inputs: ExampleInputs, function: Callable[[Tensor], Tenso
     return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, example_inputs)  # type: ignore[no-any-return]
 
 
-def to_model(example_inputs: ExampleInputs, model: nn.Module, dtype: torch.dtype | None = None) -> ExampleInputs:
+def to_model(
+    example_inputs: ExampleInputs, model: nn.Module, dtype: torch.dtype | None = None
+) -> ExampleInputs:
     """Move inputs to the model's device; floating-point ones also to ``dtype``."""
     first = next((p for p in model.parameters()), None)
     device = first.device if first is not None else torch.device("cpu")
@@ -56,7 +58,9 @@ def batch_size(example_inputs: ExampleInputs) -> int:
 def describe(example_inputs: ExampleInputs) -> str:
     """Shapes and dtypes, for messages."""
     leaves = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
-    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in leaves) or "no tensors"
+    return (
+        ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in leaves) or "no tensors"
+    )
 
 
 def describe_failure(

@@ -12,9 +12,11 @@ from .errors import BudgetError
 Floats = npt.NDArray[np.float64]
 
 
-def floor_mask(graph: ChannelGraph, saliency: Floats, min_channels: int, round_to: int) -> Mask:
-    """The smallest mask allowed: in every group its ``min_channels`` (rounded up) most salient channels."""
-    mask = np.zeros(graph.num_channels, dtype=bool)
+def floor_mask(
+    graph: ChannelGraph, saliency: Floats, min_channels: int, round_to: int, protected: Mask | None = None
+) -> Mask:
+    """The smallest mask allowed: what is protected, and in every group its ``min_channels`` (rounded up) best channels."""
+    mask = np.zeros(graph.num_channels, dtype=bool) if protected is None else protected.copy()
     for group in graph.groups:
         keep = min(group.size, -(-max(min_channels, 1) // round_to) * round_to)
         mask[group.start + _ranked(saliency[group.ids])[:keep]] = True
@@ -36,6 +38,7 @@ def select_channels(
     round_to: int = 1,
     cost_aware: float = 0.0,
     eligible: Mask | None = None,
+    protected: Mask | None = None,
 ) -> Mask:
     """Keep the most salient channels whose cost is at most ``target * cost.dense``, and as close to it as possible.
 
@@ -50,7 +53,8 @@ def select_channels(
         min_channels: at least so many channels stay in every group.
         round_to: live widths are multiples of this (or the whole group).
         cost_aware: 0 ranks by saliency alone, 1 by saliency per cost (the knapsack density).
-        eligible: bool mask of channels that may stay; others are removed first, unless ``min_channels`` needs them.
+        eligible: bool mask of channels that may stay; others go first, unless ``min_channels`` needs them.
+        protected: bool mask of channels that must stay (excluded layers).
 
     Returns:
         bool mask, True = live.
@@ -62,18 +66,22 @@ def select_channels(
     if eligible is not None:
         values = np.where(eligible, values, values.min() - 1.0 - np.abs(values).max())
     limit = target * cost.dense
-    floor = floor_mask(graph, values, min_channels, round_to)
+    floor = floor_mask(graph, values, min_channels, round_to, protected)
     lowest = cost.cost(floor)
     if lowest > limit:
         raise BudgetError(
             f"target={target:g} of the {cost.metric} cannot be reached: with min_channels={min_channels} and "
             f"round_to={round_to} the smallest network has {lowest / cost.dense:.4f} of them. Raise target, lower "
-            "min_channels or include more layers."
+            "min_channels, or let more layers be pruned (include=, prune_streams=True)."
         )
     mask = np.ones(graph.num_channels, dtype=bool)
     if eligible is not None:
         mask = eligible | floor
-    order_within = np.concatenate([np.argsort(_ranked(values[g.ids]), kind="stable") for g in graph.groups]) if len(graph) else values
+    order_within = (
+        np.concatenate([np.argsort(_ranked(values[g.ids]), kind="stable") for g in graph.groups])
+        if len(graph)
+        else values
+    )
     while (now := cost.cost(mask)) > limit:
         removable = np.flatnonzero(mask & ~floor)
         price = np.maximum(cost.marginal(mask)[removable], 1e-12)
@@ -93,7 +101,11 @@ def _round_down(graph: ChannelGraph, values: Floats, mask: Mask, floor: Mask, ro
     mask = mask.copy()
     for group in graph.groups:
         live = int(mask[group.ids].sum())
-        keep = group.size if live == group.size else max(live // round_to * round_to, int(floor[group.ids].sum()))
+        keep = (
+            group.size
+            if live == group.size
+            else max(live // round_to * round_to, int(floor[group.ids].sum()))
+        )
         ranked = np.flatnonzero(mask[group.ids])
         ranked = ranked[_ranked(values[group.ids][ranked])]
         mask[group.start + ranked[keep:]] = False
@@ -101,7 +113,13 @@ def _round_down(graph: ChannelGraph, values: Floats, mask: Mask, floor: Mask, ro
 
 
 def _fill_up(
-    graph: ChannelGraph, values: Floats, cost: CostModel, limit: float, mask: Mask, round_to: int, eligible: Mask | None
+    graph: ChannelGraph,
+    values: Floats,
+    cost: CostModel,
+    limit: float,
+    mask: Mask,
+    round_to: int,
+    eligible: Mask | None,
 ) -> Mask:
     """Put removed channels back, most salient first, in blocks of ``round_to``, while the budget allows."""
     mask = mask.copy()

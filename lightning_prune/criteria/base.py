@@ -35,5 +35,7 @@ def saliency(name: str, model: nn.Module, graph: ChannelGraph, seed: int = 0) ->
         raise ValueError(f"method must be one of {', '.join(sorted(CRITERIA))}, got {name!r}")
     values = CRITERIA[name](model, graph, seed)
     if values.shape != (graph.num_channels,) or not np.isfinite(values).all():
-        raise ValueError(f"criterion {name!r} must return {graph.num_channels} finite values, got shape {values.shape}")
+        raise ValueError(
+            f"criterion {name!r} must return {graph.num_channels} finite values, got shape {values.shape}"
+        )
     return values

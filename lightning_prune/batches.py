@@ -1,0 +1,83 @@
+"""Find an example input for a LightningModule without disturbing its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from .errors import TraceError
+from .inputs import ExampleInputs, first_rows
+
+_KEYS = ("x", "image", "images", "input", "inputs", "pixel_values", "img", "data")
+_ROWS = 2
+
+
+def inputs_from_batch(batch: Any) -> ExampleInputs | None:
+    """What ``forward`` most likely takes from a batch: a tensor, the first of a pair, or a well-known key."""
+    if isinstance(batch, Tensor):
+        return first_rows(batch, _ROWS)
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in _KEYS if isinstance(batch.get(key), Tensor)), None)
+        return None if found is None else first_rows(found, _ROWS)
+    if isinstance(batch, (tuple, list)) and batch:
+        return inputs_from_batch(batch[0])
+    return None
+
+
+def example_for(
+    trainer: pl.Trainer, module: pl.LightningModule, given: ExampleInputs | None
+) -> ExampleInputs | None:
+    """Example input: the one given, the module's ``example_input_array``, or two samples of the training data.
+
+    Samples are taken by index from a map-style dataset: no sampler, worker or random state is touched. Returns None when
+    only the first training batch can tell (streaming data).
+    """
+    if given is not None:
+        return given
+    if module.example_input_array is not None:
+        array: ExampleInputs = module.example_input_array
+        return array
+    loader = _train_loader(trainer)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    try:
+        with torch.random.fork_rng():
+            if loader.batch_sampler is None:  # the dataset makes whole batches itself
+                batch = loader.collate_fn(loader.dataset[next(iter(loader.sampler))])
+            else:
+                indices = list(range(min(_ROWS, len(loader.dataset))))  # type: ignore[arg-type]
+                many = getattr(loader.dataset, "__getitems__", None)
+                batch = loader.collate_fn(many(indices) if many else [loader.dataset[i] for i in indices])
+    except Exception:  # a dataset that cannot be indexed like this will give its first batch
+        return None
+    return inputs_from_batch(batch)
+
+
+def _train_loader(trainer: pl.Trainer) -> Any:
+    source = trainer.fit_loop._data_source
+    if not source.is_defined():
+        return None
+    instance = source.instance
+    # loaders given to fit() directly are there already; a module's hook builds a new loader, which is then thrown away
+    return source.dataloader() if source.name else instance
+
+
+def require_inputs(inputs: ExampleInputs | None, batch: Any) -> ExampleInputs:
+    """Example inputs from the first batch, or one clear error."""
+    found = inputs if inputs is not None else inputs_from_batch(batch)
+    if found is None:
+        kind = (
+            f"a dict with keys {sorted(map(str, batch))}"
+            if isinstance(batch, Mapping)
+            else type(batch).__name__
+        )
+        raise TraceError(
+            f"cannot tell which part of a training batch goes into forward (the batch is {kind}): pass "
+            "example_inputs= to ChannelPruning or set example_input_array in the LightningModule"
+        )
+    return found

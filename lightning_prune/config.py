@@ -1,0 +1,120 @@
+"""Arguments of :class:`lightning_prune.ChannelPruning`, checked the moment they are given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .compaction import CompactionPlan
+from .cost import METRICS
+from .criteria import CRITERIA
+from .scope import Patterns, check_patterns
+
+#: methods that learn gates during the fit; all other methods are criteria that rank the weights once
+LEARNED = ("l1",)
+
+
+def methods() -> tuple[str, ...]:
+    """Every name that ``method=`` takes."""
+    return (*LEARNED, *sorted(CRITERIA))
+
+
+def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    options = list(choices)
+    if value not in options:
+        raise ValueError(f"{argument} must be one of {', '.join(options)}; got {value!r}")
+
+
+def check_fraction(argument: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"{argument} is the fraction of the dense network to keep and must be in (0, 1]; got {value!r}"
+        )
+
+
+def check_positive(argument: str, value: int, least: int = 1) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{argument} must be an integer of at least {least}; got {value!r}")
+
+
+def check_number(argument: str, value: float, *, zero: bool = True) -> None:
+    """Raise ValueError unless ``value`` is a finite number that is not negative (nor zero, unless ``zero``)."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < float("inf")
+    if not good or (value == 0 and not zero):
+        raise ValueError(
+            f"{argument} must be a {'non-negative' if zero else 'positive'} number; got {value!r}"
+        )
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Validated arguments; see :class:`lightning_prune.ChannelPruning` for their meaning."""
+
+    target: float
+    metric: str
+    method: str
+    plan: CompactionPlan | None
+    warmup_epochs: int | None
+    learn_epochs: int | None
+    finetune_epochs: int | None
+    include: Patterns
+    exclude: Patterns
+    prune_streams: bool
+    round_to: int
+    min_channels: int
+    alternate_every_n_steps: int
+    weight_l1: float
+    weight_l2: float
+    sphere: bool
+    gate_lr: float | None
+    snap_threshold: float
+    monitor: str | None
+    patience: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_fraction("target", self.target)
+        check_choice("metric", self.metric, METRICS)
+        check_choice("method", self.method, methods())
+        for name in ("warmup_epochs", "learn_epochs", "finetune_epochs"):
+            value = getattr(self, name)
+            if value is not None:
+                check_positive(name, value, least=0)
+        check_positive("round_to", self.round_to)
+        check_positive("min_channels", self.min_channels)
+        check_positive("alternate_every_n_steps", self.alternate_every_n_steps, least=0)
+        check_positive("patience", self.patience)
+        check_number("weight_l1", self.weight_l1)
+        check_number("weight_l2", self.weight_l2)
+        check_number("snap_threshold", self.snap_threshold)
+        if self.gate_lr is not None:
+            check_number("gate_lr", self.gate_lr, zero=False)
+        check_patterns("include", self.include)
+        check_patterns("exclude", self.exclude)
+        if self.learned and self.learn_epochs == 0:
+            raise ValueError(
+                f"learn_epochs must be at least 1 for method={self.method!r}, which learns its masks; got 0"
+            )
+
+    @property
+    def learned(self) -> bool:
+        """Whether gates are trained (otherwise a criterion or a given plan decides)."""
+        return self.plan is None and self.method in LEARNED
+
+
+def load_plan(plan: CompactionPlan | str | os.PathLike[str] | None) -> CompactionPlan | None:
+    """A plan given as object or path.
+
+    Raises:
+        PlanError: the file is missing, corrupt or foreign.
+        ValueError: neither a plan nor a path.
+    """
+    if plan is None or isinstance(plan, CompactionPlan):
+        return plan
+    if isinstance(plan, (str, os.PathLike)):
+        return CompactionPlan.load(plan)
+    raise ValueError(f"plan must be a CompactionPlan or the path of one; got {type(plan).__name__}")

@@ -1,0 +1,162 @@
+"""The learn phase: gates, controller and snapping together, independent of any trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .budget import PenaltyController, ramped_target
+from .channels.groups import ChannelGraph, Mask
+from .config import PruneConfig
+from .cost import CostModel
+from .gates import GateHooks, L1Gates
+
+#: how strongly a channel's price weighs in its penalty
+PRICE_EXPONENT = 0.5
+
+
+def default_gate_lr(steps: int) -> float:
+    """Gates must be able to travel from 1 to 0 several times within the learn phase of ``steps`` optimizer steps."""
+    return float(min(0.05, max(1e-3, 10.0 / max(steps, 1))))
+
+
+class MaskLearner:
+    """Learns which channels to keep.
+
+    Each optimizer step: :meth:`step` moves the gates by the gradient the backward pass left on them, shrinks them by the
+    controller's penalty weighted with each channel's price, and snaps gates that fell under the threshold, as long as the
+    budget is not undercut.
+
+    Args:
+        model: the network; only hooks are added to it, while attached.
+        graph: its traced channels.
+        cost: prices masks in the metric of the budget.
+        config: see ``ChannelPruning``.
+        protected: bool mask of channels that must stay.
+        steps: optimizer steps in the learn phase, for the ramp of the target and default learning rates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        cost: CostModel,
+        config: PruneConfig,
+        protected: Mask,
+        steps: int,
+    ) -> None:
+        device = next(model.parameters()).device
+        free = ~protected
+        for group in graph.groups:
+            if not group.gateable:
+                free[group.ids] = False
+        self.graph, self.cost, self.config, self.steps = graph, cost, config, max(steps, 1)
+        lr = config.gate_lr if config.gate_lr is not None else default_gate_lr(steps)
+        self.gates = L1Gates(torch.from_numpy(free).to(device), lr, config.snap_threshold)
+        self.controller = PenaltyController(lr=10.0 / self.steps)
+        self.hooks = GateHooks(model, graph, self.gates.multipliers)
+        self.done = 0
+        self.strength = 0.0
+        self._group_of = graph.group_of()
+
+    @property
+    def trainable(self) -> Mask:
+        """Channels whose gates learn."""
+        return np.asarray(self.gates.trainable.cpu().numpy(), dtype=bool)
+
+    def mask(self) -> Mask:
+        """Channels that are not dead yet, bool of shape [num_channels]."""
+        return ~np.asarray(self.gates.dead.cpu().numpy(), dtype=bool)
+
+    def alternating_on_weights(self) -> bool:
+        """In push-pull training: whether it is the weights' turn (gates stand still)."""
+        n = self.config.alternate_every_n_steps
+        return n > 0 and (self.done // n) % 2 == 0
+
+    def alternating_on_gates(self) -> bool:
+        """In push-pull training: whether it is the gates' turn (weights stand still)."""
+        n = self.config.alternate_every_n_steps
+        return n > 0 and not self.alternating_on_weights()
+
+    def step(self) -> bool:
+        """One step on the gradients present; returns whether channels died."""
+        if self.alternating_on_weights():
+            self.gates.values.grad = None
+            self.done += 1
+            return False
+        gates, dense = self.gates, self.cost.dense
+        mask = self.mask()
+        aim = ramped_target(self.config.target, self.done / self.steps)
+        # gates on their way out count in part, or the controller would overshoot by everything in flight
+        values = gates.saliency().cpu().numpy().astype(np.float64)
+        in_flight = np.where(mask, np.clip(values / 0.5, 0.0, 1.0), 0.0)
+        cost = 0.5 * (self.cost.cost(in_flight) + self.cost.cost(mask)) / dense
+        self.strength = self.controller.step(cost, aim)
+        price = self.cost.marginal(mask.astype(np.float64)) * self._live_share(mask)
+        free = self.trainable & mask
+        mean = price[free].mean() if free.any() else 1.0
+        relative = np.clip((price / max(mean, 1e-30)) ** PRICE_EXPONENT, 0.1, 10.0)
+        gates.update(torch.from_numpy(self.strength * relative).to(gates.values))
+        self.done += 1
+        return self._snap(mask)
+
+    def _live_share(self, mask: Mask) -> np.ndarray:
+        """Live share of each channel's group: the thinner a layer already is, the less it is pressed further."""
+        shares = np.array([mask[g.ids].mean() for g in self.graph.groups])
+        return shares[self._group_of]
+
+    def _snap(self, mask: Mask) -> bool:
+        """Kill gates under the threshold, smallest first, as long as the cost stays above the target."""
+        limit = self.config.target * self.cost.dense
+        counts = np.array([int(mask[g.ids].sum()) for g in self.graph.groups])
+        chosen = []
+        for channel in self.gates.candidates().tolist():
+            group = self._group_of[channel]
+            if counts[group] <= max(self.config.min_channels, 1):
+                continue
+            mask[channel] = False
+            if self.cost.cost(mask) < limit:
+                mask[channel] = True
+                continue
+            counts[group] -= 1
+            chosen.append(channel)
+        if chosen:
+            self.gates.snap(torch.tensor(chosen, device=self.gates.values.device))
+        return bool(chosen)
+
+    def saliency(self) -> np.ndarray:
+        """Magnitude of the gates, shape [num_channels]; channels without a gate rank above all others."""
+        values = self.gates.saliency().cpu().numpy().astype(np.float64)
+        return np.where(self.trainable, values, np.inf if not len(values) else values.max() + 1.0)
+
+    def gates_by_group(self) -> dict[str, list[float]]:
+        """Gate values per group."""
+        values = self.gates.values.detach().cpu()
+        return {g.name: [round(v, 6) for v in values[g.ids].tolist()] for g in self.graph.groups}
+
+    def reduce_gradient(self, reduce: Any) -> None:
+        """Average the gates' gradient over ranks with ``reduce(tensor) -> tensor``; a rank without one counts as zero."""
+        grad = self.gates.values.grad
+        self.gates.values.grad = reduce(torch.zeros_like(self.gates.values) if grad is None else grad)
+
+    def unscale(self, scale: Tensor | float) -> None:
+        """Divide the gradient by a loss scaler's factor; a gradient that overflowed is dropped."""
+        grad = self.gates.values.grad
+        if grad is not None:
+            grad.div_(scale)
+            if not torch.isfinite(grad).all():
+                self.gates.values.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed fit needs."""
+        return {"gates": self.gates.state_dict(), "controller": self.controller.state_dict(), "done": self.done,
+                "strength": self.strength, "steps": self.steps}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.gates.load_state_dict(state["gates"])
+        self.controller.load_state_dict(state["controller"])
+        self.done, self.strength, self.steps = state["done"], state["strength"], state["steps"]

@@ -1,0 +1,68 @@
+"""What a pruning run achieved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .channels.groups import ChannelGraph
+from .compaction import CompactionPlan
+from .cost import CostModel
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """Sizes before and after, and how closely the compact network equals the masked one.
+
+    Attributes:
+        macs_dense / macs_compact: multiply-accumulates per sample.
+        params_dense / params_compact: parameter elements.
+        widths: ``{group: (live channels, dense channels)}``.
+        frozen: why the other dimensions were not pruned.
+        max_relative_error: compact against masked network on the example input; None until compacted.
+    """
+
+    macs_dense: float
+    macs_compact: float
+    params_dense: float
+    params_compact: float
+    widths: Mapping[str, tuple[int, int]]
+    frozen: Mapping[str, str]
+    max_relative_error: float | None = None
+
+    @classmethod
+    def of(
+        cls, graph: ChannelGraph, plan: CompactionPlan, max_relative_error: float | None = None
+    ) -> PruneReport:
+        """Report for a plan on a traced network."""
+        mask = plan.mask(graph)
+        macs, params = CostModel(graph, "macs"), CostModel(graph, "params")
+        frozen = {name: str(why) for name, why in graph.frozen.items()}
+        widths = plan.widths
+        return cls(
+            macs.dense, macs.cost(mask), params.dense, params.cost(mask), widths, frozen, max_relative_error
+        )
+
+    @property
+    def live_channels(self) -> int:
+        """Prunable channels that are left, over all groups."""
+        return int(np.sum([live for live, _ in self.widths.values()]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"MACs    {self.macs_dense:,.0f} -> {self.macs_compact:,.0f} ({self.macs_compact / self.macs_dense:.1%})",
+            f"params  {self.params_dense:,.0f} -> {self.params_compact:,.0f} ({self.params_compact / self.params_dense:.1%})",
+            "widths  " + ", ".join(f"{name} {live}/{size}" for name, (live, size) in self.widths.items()),
+        ]
+        if self.max_relative_error is not None:
+            lines.append(
+                f"compact against masked network: largest relative error {self.max_relative_error:.2g}"
+            )
+        return "\n".join(lines)

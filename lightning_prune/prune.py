@@ -1,0 +1,86 @@
+"""Prune in one call, for plain PyTorch: trace, rank, select, compact, verify."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .channels import trace_channels
+from .compaction import CompactionPlan, compact, mask_channels, max_relative_error
+from .config import check_choice, check_fraction, check_positive
+from .cost import METRICS, CostModel, Metric
+from .criteria import CRITERIA, saliency
+from .inputs import ExampleInputs
+from .outcome import PruneReport
+from .scope import Patterns, check_patterns, protected_channels
+from .selection import select_channels
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A compact network, the plan that made it, and what it saves."""
+
+    model: nn.Module
+    plan: CompactionPlan
+    report: PruneReport
+
+
+def prune_channels(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    target: float = 0.5,
+    metric: Metric = "macs",
+    method: str = "magnitude",
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    prune_streams: bool = False,
+    round_to: int = 1,
+    min_channels: int = 1,
+    seed: int = 0,
+) -> PruneResult:
+    """Remove the least salient channels of a trained network until it costs at most ``target`` of what it did.
+
+    One shot, no training: finetune the result afterwards. To learn the masks, use the ``ChannelPruning`` callback.
+
+    Args:
+        model: any ``nn.Module``; untouched.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for ``forward``.
+        target: fraction of the dense cost to keep, in (0, 1]; met within 1 % from below where the widths allow.
+        metric: ``"macs"`` or ``"params"``.
+        method: one of ``lightning_prune.criteria.CRITERIA``.
+        include / exclude: module names or regular expressions, see ``scope.protected_channels``.
+        prune_streams: also prune residual streams.
+        round_to: live widths are multiples of this.
+        min_channels: at least so many channels stay in every group.
+        seed: for ``method="random"``.
+
+    Raises:
+        ValueError: an argument is out of range or misspelt.
+        TraceError: the model fails on the example input or has nothing to prune.
+        BudgetError: the target cannot be reached.
+        CompactionError: the compact network would not equal the masked one.
+    """
+    check_fraction("target", target)
+    check_choice("metric", metric, METRICS)
+    check_choice("method", method, CRITERIA)
+    check_positive("round_to", round_to)
+    check_positive("min_channels", min_channels)
+    check_patterns("include", include)
+    check_patterns("exclude", exclude)
+    graph = trace_channels(model, example_inputs)
+    protected = protected_channels(graph, include, exclude, prune_streams)
+    mask = select_channels(
+        graph,
+        saliency(method, model, graph, seed),
+        CostModel(graph, metric),
+        target,
+        min_channels=min_channels,
+        round_to=round_to,
+        protected=protected,
+    )
+    plan = CompactionPlan.from_mask(graph, mask)
+    smaller = compact(model, example_inputs, plan)
+    error = max_relative_error(mask_channels(model, example_inputs, plan), smaller, example_inputs)
+    return PruneResult(smaller, plan, PruneReport.of(graph, plan, error))

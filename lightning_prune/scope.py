@@ -1,0 +1,84 @@
+"""Which channel groups may be pruned: ``include``, ``exclude`` and residual streams."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from .channels.build import module_of
+from .channels.groups import ChannelGraph, ChannelGroup, Mask
+from .errors import TraceError
+
+Patterns = str | Sequence[str] | None
+
+
+def _as_list(patterns: Patterns) -> list[str]:
+    return [] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def check_patterns(argument: str, patterns: Patterns) -> None:
+    """Raise ValueError unless every pattern is a string that compiles as a regular expression."""
+    for pattern in _as_list(patterns):
+        if not isinstance(pattern, str):
+            raise ValueError(f"{argument} takes module names or regular expressions, got {pattern!r}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{argument}={pattern!r} is not a valid regular expression: {error}") from error
+
+
+def _names(group: ChannelGroup) -> set[str]:
+    return {group.name} | {module_of(m.tensor) for m in group.by_role("out")}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.") or re.fullmatch(pattern, name) is not None
+
+
+def protected_channels(
+    graph: ChannelGraph, include: Patterns = None, exclude: Patterns = None, prune_streams: bool = False
+) -> Mask:
+    """Channels that must stay, as a bool mask.
+
+    A pattern is a module name (which covers its submodules) or a regular expression for whole names; it selects a group
+    through the modules that produce its channels.
+
+    Args:
+        graph: the traced network.
+        include: only groups that match one of these may be pruned (residual streams named here too).
+        exclude: groups that match one of these are kept whole.
+        prune_streams: also prune channels of residual streams, which several layers write to.
+
+    Raises:
+        TraceError: nothing is left to prune, or a pattern matches no prunable layer; lists what there is.
+    """
+    if not graph.groups:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(graph.frozen.items())[:5])
+        raise TraceError(
+            "the model has no prunable channels: expected at least one convolution or linear layer whose outputs feed "
+            f"another one. {f'Frozen: {why}' if why else 'It has no convolution or linear layer.'}"
+        )
+    included, excluded = _as_list(include), _as_list(exclude)
+    for argument, patterns in (("include", included), ("exclude", excluded)):
+        for pattern in patterns:
+            if not any(_matches(pattern, name) for group in graph.groups for name in _names(group)):
+                names = sorted({name for group in graph.groups for name in _names(group)})
+                raise TraceError(
+                    f"{argument}={pattern!r} matches no prunable layer. Prunable layers: {', '.join(names[:20])}"
+                    + (", ..." if len(names) > 20 else "")
+                )
+    protected = np.ones(graph.num_channels, dtype=bool)
+    for group in graph.groups:
+        chosen = any(_matches(p, n) for p in included for n in _names(group))
+        allowed = chosen if included else prune_streams or not group.is_stream
+        if allowed and not any(_matches(p, n) for p in excluded for n in _names(group)):
+            protected[group.ids] = False
+    if protected.all():
+        raise TraceError(
+            "include/exclude leave nothing to prune"
+            if included or excluded
+            else "every prunable channel belongs to a residual stream; pass prune_streams=True to prune them"
+        )
+    return protected

@@ -1,0 +1,89 @@
+"""What the callback does to the model's own weights: hold dead channels at zero, fold gates, penalise, constrain."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .channels.groups import ChannelGraph, Mask
+from .channels.trace import named_tensors
+from .gates.attach import consumer_sites
+
+
+class WeightKeeper:
+    """Acts on the tensors that the groups of ``graph`` control, in place and without gradients."""
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+        self._graph = graph
+        self._tensors = named_tensors(model)
+        self._dead: list[tuple[Tensor, int, Tensor]] = []
+        self._radii: list[tuple[Tensor, int, Tensor]] = []
+        names = {m.tensor for g in graph.groups for m in g.members if m.role != "vector"}
+        self._penalised = {id(self._tensors[name]) for name in names}
+
+    def set_mask(self, mask: Mask) -> None:
+        """Choose which channels :meth:`zero_dead` holds at zero."""
+        positions: dict[tuple[str, int], list[np.ndarray]] = {}
+        for group in self._graph.groups:
+            dead = np.flatnonzero(~mask[group.ids])
+            for member in group.members if len(dead) else ():
+                if not member.tensor.endswith("running_var"):
+                    positions.setdefault((member.tensor, member.dim), []).append(member.index[dead].ravel())
+        self._dead = [
+            (tensor := self._tensors[name], dim, torch.from_numpy(np.concatenate(parts)).to(tensor.device))
+            for (name, dim), parts in positions.items()
+        ]
+
+    @torch.no_grad()
+    def zero_dead(self) -> None:
+        """Set everything that belongs to dead channels to zero: momentum must not bring them back."""
+        for tensor, dim, index in self._dead:
+            tensor.index_fill_(dim, index, 0.0)
+
+    @torch.no_grad()
+    def fold(self, multipliers: Tensor) -> None:
+        """Multiply the consumers' columns by the gates: the plain network then computes what the gated one did."""
+        for site in consumer_sites(self._graph):
+            weight = self._tensors[site.tensor]
+            weight.mul_(site.scale(multipliers.detach().to(weight.device), weight.dim()).to(weight.dtype))
+
+    @torch.no_grad()
+    def penalise(self, optimizer: torch.optim.Optimizer, l1: float, l2: float) -> None:
+        """Add the gradient of ``l1 * sum|w| + l2/2 * sum w^2`` over the weights of pruned layers.
+
+        Without it weights grow to make up for shrinking gates. Only parameters of ``optimizer`` that have a gradient.
+        """
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in self._penalised and parameter.grad is not None:
+                    if l2:
+                        parameter.grad.add_(parameter, alpha=l2)
+                    if l1:
+                        parameter.grad.add_(parameter.sign(), alpha=l1)
+
+    @torch.no_grad()
+    def remember_radii(self) -> None:
+        """Take the present norm of every producing filter as the radius of its sphere."""
+        self._radii = []
+        for group in self._graph.groups:
+            for member in group.by_role("out"):
+                weight = self._tensors[member.tensor]
+                self._radii.append((weight, member.dim, _filter_norms(weight, member.dim)))
+
+    @torch.no_grad()
+    def project_to_sphere(self) -> None:
+        """Scale every producing filter back to its radius.
+
+        He et al. 2017 constrain ``norm(W_i) = 1``; keeping the radius that each filter had when learning began is the same
+        constraint with the constant left in the filter, so that it needs no homogeneous activation and changes nothing
+        at its start.
+        """
+        for weight, dim, radius in self._radii:
+            norms = _filter_norms(weight, dim)
+            weight.mul_(torch.where(norms > 0, radius / norms.clamp_min(1e-12), torch.ones_like(norms)))
+
+
+def _filter_norms(weight: Tensor, dim: int) -> Tensor:
+    others = [d for d in range(weight.dim()) if d != dim]
+    return weight.detach().float().square().sum(dim=others, keepdim=True).sqrt().to(weight.dtype)
