@@ -92,6 +92,9 @@ def _example(shape: tuple[int, ...]) -> Tensor:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    # Read by OpenMP when torch is loaded. By default idle threads spin at every barrier, which makes two threads many
+    # times slower than one as soon as anything else runs on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from .demo import run_demo
 
     run_demo(

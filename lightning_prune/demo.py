@@ -105,6 +105,7 @@ def _quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
         warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
         try:
             for logger in loggers:
@@ -144,7 +145,7 @@ def _relative_error(value: Tensor, reference: Tensor) -> float:
 def _latencies(
     models: dict[str, nn.Module], inputs: Tensor, batches: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds per variant and batch size; the variants take turns."""
+    """Milliseconds per variant and batch size on one CPU thread; the variants take turns."""
     result: dict[str, dict[str, float]] = {name: {} for name in models}
     for batch in batches:
         for name, latency in compare_latency(
@@ -181,11 +182,10 @@ def _run_seed(
         warmup_epochs=warmup,
         learn_epochs=learn,
         finetune_epochs=finetune,
+        patience=max(1, finetune),  # no early end: as many epochs as the baseline
         example_inputs=example,
     )
-    pruned_bar = bar("pruned")
-    pruned_seconds = _fit(pruned, data, epochs, [pruning, pruned_bar])
-    progress.update(pruned_bar._bar, completed=epochs)  # finetuning may stop early
+    pruned_seconds = _fit(pruned, data, epochs, [pruning, bar("pruned")])
     compact, plan = pruning.compact_model, pruning.plan
     if compact is None or plan is None or pruning.report is None:
         raise RuntimeError("the fit ended without a compact network, although compaction was asked for")
@@ -283,7 +283,8 @@ def run_demo(
 
     Returns:
         What ``metrics.json`` holds. Per data set and variant: "accuracy" (mean over the seeds, share of the test part),
-        "params", "macs" (of one sample), "latency_ms" (mean over the seeds of the medians, per batch size), the same
+        "params", "macs" (of one sample), "latency_ms" (one CPU thread, mean over the
+        seeds of the medians, per batch size), the same
         per seed; "max_relative_error" of compact against masked, "widths" of the first seed (live, size) and of each.
 
     Raises:

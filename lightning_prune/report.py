@@ -61,41 +61,43 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _share(value: float, dense: float) -> str:
-    return f"{human(value)} ({100 * value / dense:.0f} %)"
-
-
 def comparison_table(title: str, metrics: Mapping[str, Any]) -> Table:
     """Dense, masked and compact side by side.
 
     Args:
         title: of the table.
-        metrics: per variant "accuracy", "accuracy_per_seed", "params", "macs" and "latency_ms" (batch size as text ->
+        metrics: per variant "accuracy_per_seed", "params", "macs" and "latency_ms" (batch size as text ->
             milliseconds), as :mod:`lightning_prune.demo` writes them.
 
     Returns:
-        A rich table; counts and latencies with their share of the dense network or the speed-up over it.
+        A rich table, one column per variant; where counts differ from the dense network's with the share that is
+        left, latencies with the speed-up.
     """
-    batches = sorted(metrics["dense"]["latency_ms"], key=int)
-    table = Table(title=title)
-    table.add_column("network")
-    for heading in ("accuracy, %", "parameters", "MACs", *(f"latency, batch {b}" for b in batches)):
-        table.add_column(heading, justify="right")
     dense = metrics["dense"]
+
+    def count(variant: str, key: str) -> str:
+        value = metrics[variant][key]
+        return human(value) + ("" if value == dense[key] else f" ({100 * value / dense[key]:.0f} %)")
+
+    def latency(variant: str, batch: str) -> str:
+        value = metrics[variant]["latency_ms"][batch]
+        return f"{value:.3f} ms" + (
+            "" if variant == "dense" else f" ({dense['latency_ms'][batch] / value:.2f}x)"
+        )
+
+    def accuracy(variant: str) -> str:
+        mean, spread = mean_and_spread(metrics[variant]["accuracy_per_seed"])
+        return f"{100 * mean:.2f} ± {100 * spread:.2f}"
+
+    table = Table(title=title)
+    table.add_column("")
     for variant in VARIANTS:
-        row = metrics[variant]
-        mean, spread = mean_and_spread(row["accuracy_per_seed"])
-        latencies = (
-            f"{row['latency_ms'][b]:.3f} ms ({dense['latency_ms'][b] / row['latency_ms'][b]:.2f}x)"
-            for b in batches
-        )
-        table.add_row(
-            variant,
-            f"{100 * mean:.2f} ± {100 * spread:.2f}",
-            _share(row["params"], dense["params"]),
-            _share(row["macs"], dense["macs"]),
-            *latencies,
-        )
+        table.add_column(variant, justify="right", no_wrap=True)
+    table.add_row("accuracy, %", *(accuracy(v) for v in VARIANTS))
+    table.add_row("parameters", *(count(v, "params") for v in VARIANTS))
+    table.add_row("MACs", *(count(v, "macs") for v in VARIANTS))
+    for batch in sorted(dense["latency_ms"], key=int):
+        table.add_row(f"latency, batch {batch}", *(latency(v, batch) for v in VARIANTS))
     return table
 
 
