@@ -70,4 +70,4 @@ class CostModel:
         for j in range(sizes.shape[1]):
             others[:, j] = np.delete(sizes, j, axis=1).prod(axis=1) * self._coefficient
         weights = others.ravel()[self._rows] * self._counts
-        return np.bincount(self._channels, weights, minlength=self.num_channels)
+        return np.bincount(self._channels, weights, minlength=self.num_channels).astype(np.float64)

@@ -25,7 +25,7 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
 
 def map_inputs(example_inputs: ExampleInputs, function: Callable[[Tensor], Tensor]) -> ExampleInputs:
     """Apply ``function`` to every tensor in the inputs."""
-    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, example_inputs)  # type: ignore[no-any-return]
+    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, example_inputs)
 
 
 def to_model(

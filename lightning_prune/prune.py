@@ -50,7 +50,8 @@ def prune_channels(
         target: fraction of the dense cost to keep, in (0, 1]; met within 1 % from below where the widths allow.
         metric: ``"macs"`` or ``"params"``.
         method: one of ``lightning_prune.criteria.CRITERIA``.
-        include / exclude: module names or regular expressions, see ``scope.protected_channels``.
+        include: module names or regular expressions of the only layers to prune, see ``scope.protected_channels``.
+        exclude: the same for layers to keep whole.
         prune_streams: also prune residual streams.
         round_to: live widths are multiples of this.
         min_channels: at least so many channels stay in every group.

@@ -77,11 +77,7 @@ def select_channels(
     mask = np.ones(graph.num_channels, dtype=bool)
     if eligible is not None:
         mask = eligible | floor
-    order_within = (
-        np.concatenate([np.argsort(_ranked(values[g.ids]), kind="stable") for g in graph.groups])
-        if len(graph)
-        else values
-    )
+    order_within = np.concatenate([np.argsort(_ranked(values[g.ids]), kind="stable") for g in graph.groups])
     while (now := cost.cost(mask)) > limit:
         removable = np.flatnonzero(mask & ~floor)
         price = np.maximum(cost.marginal(mask)[removable], 1e-12)

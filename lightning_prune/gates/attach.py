@@ -68,6 +68,7 @@ class GateHooks:
 
     @property
     def attached(self) -> bool:
+        """Whether the hooks are in place."""
         return bool(self._handles)
 
     def attach(self) -> None:
