@@ -195,7 +195,8 @@ class CompactConv2d(nn.Module):
     def extra_repr(self) -> str:
         """The settings, as nn.Conv2d prints them."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={tuple(self.weight_shape[2:])}"
-        text += f", stride={tuple(self.stride)}, padding={tuple(self.padding)}, dilation={tuple(self.dilation)}, groups={self.groups}"
+        text += f", stride={tuple(self.stride)}, padding={tuple(self.padding)}"
+        text += f", dilation={tuple(self.dilation)}, groups={self.groups}"
         text += f", bias={self.bias is not None}, activation={self.activation}"
         text += "" if self.in_index is None else f", in_index={self.in_index.numel()}"
         return text + ("" if self.out_index is None else f", out_index={self.out_index.numel()}")

@@ -76,7 +76,8 @@ def can_run_masked_conv2d(x: Tensor, weight: Tensor) -> CanRun:
     Returns:
         ``CanRun(ok, reason)``; ``reason`` is None when ``ok``.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.bfloat16, torch.float16):
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if half and x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         # Autocast runs the operator in float32.
         return _can_run("masked_conv2d", x, (torch.float32, torch.bfloat16, torch.float16))
     answer = _can_run("masked_conv2d", x, (torch.float32, torch.float64))

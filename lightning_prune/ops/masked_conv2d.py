@@ -32,7 +32,8 @@ def masked_conv2d(
     """Convolution of full-size tensors whose dead channels cost nothing, forward and backward.
 
     ``y[:, o] = act(gate[o] * (conv(x restricted to live_in)[o] + bias[o]))`` for ``o`` in ``live_out``; exactly
-    zero for the other outputs. Gradients of dead slices are exactly zero. Dead input channels are not read (they may hold NaN).
+    zero for the other outputs. Gradients of dead slices are exactly zero. Dead input channels are not read
+    (they may hold NaN).
 
     Args:
         x: input, shape (N, C, H, W), float32 or float64; any strides. channels_last in, channels_last out.

@@ -1,0 +1,136 @@
+"""Random convolutions for the operator tests, and how far a result may be from the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from lightning_prune import ops
+from lightning_prune.ops import _loading
+
+# Largest |error| over the largest |reference| (or 1). Sums have up to a few hundred products of standard normals.
+TOLERANCE = {
+    torch.float64: 1e-12,  # rounding of float64 over the longest sum, with a factor 100 to spare
+    torch.float32: 2e-5,  # float32 rounding (6e-8) times sqrt(sum length), and exp to 1 ulp in the activations
+    torch.bfloat16: 2e-2,  # one rounding to 8 bits of the result; the inputs are exact
+    torch.float16: 2e-3,  # one rounding to 11 bits of the result
+}
+
+_FEATURES = _loading.build_info().cpu_features() if ops.extension_available() else {}  # type: ignore[union-attr]
+LEVELS = ["portable", *(name for name in ("avx2", "avx512") if _FEATURES.get(name))]
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference over the larger of 1 and the largest expected value."""
+    if actual.numel() == 0:
+        return 0.0
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert actual.isfinite().all()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+@dataclass
+class ConvCase:
+    """One drawn convolution; tensors are made by :meth:`tensors`."""
+
+    batch: int
+    size: tuple[int, int]
+    groups: int
+    inputs: int
+    outputs: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    layout: str
+    bias: bool
+    gate: bool
+    live_in: list[int] | None
+    live_out: list[int] | None
+    activation: str
+    dtype: torch.dtype
+    seed: int
+    generator: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        return list(self.stride), list(self.padding), list(self.dilation), self.groups, self.activation
+
+    @property
+    def weight_shape(self) -> list[int]:
+        return [self.outputs, self.inputs // self.groups, *self.kernel]
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def input(self, device: torch.device) -> torch.Tensor:
+        height, width = self.size
+        if self.layout == "strided":  # neither format, with gaps
+            return self.randn(self.batch, self.inputs, height + 1, 2 * width)[:, :, 1:, ::2].to(device)
+        x = self.randn(self.batch, self.inputs, height, width).to(device)
+        return x.to(memory_format=torch.channels_last) if self.layout == "channels_last" else x
+
+    def index(self, values: list[int] | None, device: torch.device) -> torch.Tensor | None:
+        return None if values is None else torch.tensor(values, dtype=torch.int64, device=device)
+
+    def tensors(self, device: torch.device) -> tuple[Any, ...]:
+        """x, weight, bias, gate, live_in, live_out."""
+        weight = self.randn(*self.weight_shape).to(device)
+        bias = self.randn(self.outputs).to(device) if self.bias else None
+        gate = self.randn(self.outputs).to(device) if self.gate else None
+        x = self.input(device)
+        return x, weight, bias, gate, self.index(self.live_in, device), self.index(self.live_out, device)
+
+
+def _subset(draw: st.DrawFn, count: int) -> list[int] | None:
+    if draw(st.booleans()):
+        return None
+    return sorted(draw(st.sets(st.integers(0, count - 1), max_size=count)))
+
+
+@st.composite
+def conv_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> ConvCase:
+    """Ragged channel counts around the panel widths (8, 16), grouped and depthwise; maps down to 1x1, empty batches."""
+    kind = draw(st.sampled_from(["dense", "dense", "grouped", "depthwise"]))
+    if kind == "depthwise":
+        groups = draw(st.sampled_from([2, 7, 17, 70]))
+        inputs, outputs = groups, groups * draw(st.sampled_from([1, 1, 2]))
+    else:
+        groups = 1 if kind == "dense" else draw(st.integers(2, 4))
+        inputs = groups * draw(st.sampled_from([1, 2, 3, 8, 13, 17]))
+        outputs = groups * draw(st.sampled_from([1, 3, 8, 9, 16, 17, 33, 49]))
+    kernel = (draw(st.sampled_from([1, 1, 2, 3, 5])), draw(st.sampled_from([1, 1, 2, 3])))
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    padding = (draw(st.integers(0, 3)), draw(st.integers(0, 3)))
+    size = tuple(
+        max(1, d * (k - 1) + draw(st.sampled_from([1, 2, 5, 9, 16])) - 2 * p * draw(st.integers(0, 1)))
+        for d, k, p in zip(dilation, kernel, padding, strict=True)
+    )
+    size = tuple(
+        max(s, d * (k - 1) + 1 - 2 * p) for s, d, k, p in zip(size, dilation, kernel, padding, strict=True)
+    )
+    return ConvCase(
+        batch=draw(st.sampled_from([1, 2, 5, 0])),
+        size=(size[0], size[1]),
+        groups=groups,
+        inputs=inputs,
+        outputs=outputs,
+        kernel=kernel,
+        stride=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        padding=padding,
+        dilation=dilation,
+        layout=draw(st.sampled_from(["contiguous", "channels_last", "strided"])),
+        bias=draw(st.booleans()),
+        gate=draw(st.booleans()),
+        live_in=_subset(draw, inputs),
+        live_out=_subset(draw, outputs),
+        activation=draw(st.sampled_from(sorted(ops.ACTIVATIONS))),
+        dtype=draw(st.sampled_from(dtypes)),
+        seed=draw(st.integers(0, 2**16)),
+    )
