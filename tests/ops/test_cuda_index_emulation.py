@@ -1,0 +1,149 @@
+"""The CUDA kernels' index arithmetic, compiled for the host and compared with the reference: needs no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from lightning_prune import ops
+from lightning_prune.ops import reference
+from tests.ops.conv_cases import TOLERANCE, ConvCase, conv_cases, error
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = Path(__file__).with_name("cuda_index_emulation.cpp")
+CPU = torch.device("cpu")
+ACTIVATION_NUMBER = {name: number for number, name in enumerate(ops.ACTIVATIONS)}
+
+
+@pytest.fixture(scope="module")
+def emulator() -> ctypes.CDLL:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    used = [SOURCE, ROOT / "csrc/kernels/cuda/conv_problems.h", ROOT / "csrc/include/lp_params.h"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in used)).hexdigest()[:16]
+    library = ROOT / "build" / "test-objects" / f"emulation-{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        partial = library.with_suffix(f".{os.getpid()}.tmp")
+        command = [compiler, "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", str(SOURCE), "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        partial.replace(library)
+    return ctypes.CDLL(str(library))
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def strides(tensor: torch.Tensor) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * 4)(*tensor.stride())
+
+
+def shape_of(case: ConvCase, x: torch.Tensor, y: torch.Tensor) -> ctypes.Array[ctypes.c_int64]:
+    numbers = [
+        *x.shape,
+        case.outputs,
+        *case.kernel,
+        *y.shape[2:],
+        *case.stride,
+        *case.padding,
+        *case.dilation,
+        case.groups,
+    ]
+    numbers[1] = case.inputs
+    return (ctypes.c_int64 * 17)(*numbers)
+
+
+def index(values: torch.Tensor | None, count: int) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    return pointer(values), ctypes.c_int64(count if values is None else len(values))
+
+
+@given(case=conv_cases((torch.float64,)))
+@settings(max_examples=60, deadline=None)
+def test_masked_forward_and_backward(emulator: ctypes.CDLL, case: ConvCase) -> None:
+    x, weight, bias, gate, live_in, live_out = case.tensors(CPU)
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, gate)]
+    expected = reference.masked_conv2d(*leaves, live_in, live_out, *case.settings)
+    shape, number = shape_of(case, x, expected), ctypes.c_int(ACTIVATION_NUMBER[case.activation])
+    lists = (*index(live_in, case.inputs), *index(live_out, case.outputs))
+    y = torch.zeros_like(expected).detach()
+    x_and_w = (pointer(x), strides(x), pointer(weight), strides(weight))
+    emulator.emulate_forward(
+        shape, *x_and_w, pointer(y), strides(y), pointer(bias), pointer(gate), *lists, number
+    )
+    assert error(y, expected) < TOLERANCE[torch.float64]
+
+    grad_y = case.randn(*expected.shape)
+    wanted = [t for t in leaves if t is not None]
+    grads = iter(torch.autograd.grad(expected, wanted, grad_y, allow_unused=True))
+    saved = y
+    if case.activation not in ("relu", "relu6", "sigmoid"):
+        settings_before = (*case.settings[:-1], "none")
+        saved = reference.masked_conv2d(x, weight, bias, gate, live_in, live_out, *settings_before)
+    # One stride argument serves both: the reference keeps a channels_last layout, the drawn gradient has none.
+    saved = saved.contiguous()
+    grad_x = torch.empty_strided(x.shape, x.stride(), dtype=torch.float64).zero_()
+    grad_w, grad_b, grad_g = (
+        torch.zeros_like(weight),
+        torch.zeros(case.outputs).double(),
+        torch.zeros(case.outputs).double(),
+    )
+    emulator.emulate_backward(
+        shape,
+        pointer(grad_y),
+        strides(grad_y),
+        pointer(saved),
+        *x_and_w,
+        pointer(bias),
+        pointer(gate),
+        *lists,
+        number,
+        *(pointer(t) for t in (grad_x, grad_w, grad_b, grad_g)),
+    )
+    for leaf, result in zip(leaves, (grad_x, grad_w, grad_b, grad_g), strict=True):
+        if leaf is not None:
+            grad = next(grads)
+            assert error(result, torch.zeros_like(leaf) if grad is None else grad) < TOLERANCE[torch.float64]
+
+
+@given(case=conv_cases((torch.float64,)))
+@settings(max_examples=40, deadline=None)
+def test_compact(emulator: ctypes.CDLL, case: ConvCase) -> None:
+    x, weight, bias, _, _, _ = case.tensors(CPU)
+    in_index = torch.randperm(case.inputs, generator=case.generator)
+    packed = reference.pack_conv2d_weight(weight, case.groups)
+    plain = reference.compact_conv2d(x, packed, None, None, in_index, None, case.weight_shape, *case.settings)
+    width = case.outputs + 3
+    residual = case.randn(plain.shape[0], width, *plain.shape[2:])
+    out_index = torch.randperm(width, generator=case.generator)[: case.outputs]
+    expected = reference.compact_conv2d(
+        x, packed, bias, residual, in_index, out_index, case.weight_shape, *case.settings
+    )
+    y = reference.activation_function(case.activation)(
+        residual
+    ).contiguous()  # what the residual kernel writes
+    emulator.emulate_compact(
+        shape_of(case, x, plain),
+        pointer(x),
+        strides(x),
+        pointer(packed),
+        pointer(bias),
+        pointer(residual),
+        pointer(y),
+        strides(y),
+        *index(in_index, case.inputs),
+        *index(out_index, case.outputs),
+        ctypes.c_int64(width),
+        ctypes.c_int(ACTIVATION_NUMBER[case.activation]),
+    )
+    assert error(y, expected) < TOLERANCE[torch.float64]
