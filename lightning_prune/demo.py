@@ -60,12 +60,12 @@ class Task:
 
 
 TASKS: dict[str, Task] = {
-    "digits": Task("digits", DigitsDataModule, widths=(32, 32, 64, 64, 128), epochs=(8, 10, 12)),
+    "digits": Task("digits", DigitsDataModule, widths=(32, 32, 64, 64, 128), epochs=(6, 8, 10)),
     "cluttered": Task(
         "cluttered",
-        lambda: ClutteredDigitsDataModule(num_train=6000),
-        widths=(16, 16, 32, 32, 64),
-        epochs=(3, 3, 4),
+        lambda: ClutteredDigitsDataModule(num_train=5000),
+        widths=(24, 24, 48, 48, 96),
+        epochs=(2, 3, 4),
         lr=2e-3,
     ),
 }
