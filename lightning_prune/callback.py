@@ -194,6 +194,8 @@ class ChannelPruning(pl.Callback):
             self._hold(CompactionPlan.from_json(state["plan"], "the checkpoint"))
         elif state.get("learner") is not None:
             self._start_learning(trainer, pl_module).load_state_dict(state["learner"])
+            if self.config.sphere:
+                self._keeper.remember_radii_as(state["radii"])
             self._keeper.set_mask(self._learner.mask())  # type: ignore[union-attr]
         elif self.config.plan is not None:
             self._hold(self.config.plan)
@@ -359,8 +361,14 @@ class ChannelPruning(pl.Callback):
             error = max_relative_error(masked, self.compact_model, inputs)
             self.report = PruneReport.of(self._graph, self.plan, error)
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """An aborted fit leaves no hook behind either (Lightning calls no teardown then)."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave no hook behind, also after an exception."""
+        """Leave no hook behind."""
         if self._learner is not None:
             self._learner.hooks.detach()
 
@@ -371,6 +379,7 @@ class ChannelPruning(pl.Callback):
         return {
             "plan": self.plan.to_json() if self.plan is not None else None,
             "learner": self._learner.state_dict() if self._learner is not None else None,
+            "radii": self._keeper.radii() if self._keeper is not None else [],
             "history": self.history,
             "plateau": self._plateau.state_dict(),
         }

@@ -64,10 +64,10 @@ def describe(example_inputs: ExampleInputs) -> str:
 
 
 def describe_failure(
-    model: nn.Module, example_inputs: ExampleInputs, error: Exception, stack: Sequence[str] = ()
+    model: nn.Module, example_inputs: ExampleInputs, error: Exception, failed: Sequence[str] = ()
 ) -> TraceError:
-    """A :class:`TraceError` that says what was fed and where the forward pass stopped."""
-    where = f" in {stack[-1]!r}" if stack and stack[-1] else ""
+    """A :class:`TraceError` that says what was fed and where it stopped (``failed``: modules, innermost first)."""
+    where = f" in {failed[0]!r}" if failed and failed[0] else ""
     return TraceError(
         f"{type(model).__name__}.forward failed{where} on the example input ({describe(example_inputs)}): "
         f"{type(error).__name__}: {error}\n"

@@ -76,9 +76,15 @@ def protected_channels(
         if allowed and not any(_matches(p, n) for p in excluded for n in _names(group)):
             protected[group.ids] = False
     if protected.all():
+        streams = (
+            ", ".join(g.name for g in graph.groups if g.is_stream) if not (prune_streams or included) else ""
+        )
         raise TraceError(
-            "include/exclude leave nothing to prune"
-            if included or excluded
-            else "every prunable channel belongs to a residual stream; pass prune_streams=True to prune them"
+            ("include/exclude leave nothing to prune. " if included or excluded else "")
+            + (
+                f"Residual streams are kept by default ({streams}): pass prune_streams=True to prune them"
+                if streams
+                else ""
+            )
         )
     return protected

@@ -71,6 +71,17 @@ class WeightKeeper:
                 weight = self._tensors[member.tensor]
                 self._radii.append((weight, member.dim, _filter_norms(weight, member.dim)))
 
+    def radii(self) -> list[Tensor]:
+        """The remembered radii, for a checkpoint."""
+        return [radius.cpu() for _, _, radius in self._radii]
+
+    @torch.no_grad()
+    def remember_radii_as(self, radii: list[Tensor]) -> None:
+        """Restore radii from :meth:`radii`."""
+        self.remember_radii()
+        pairs = zip(self._radii, radii, strict=True)
+        self._radii = [(weight, dim, radius.to(weight.device)) for (weight, dim, _), radius in pairs]
+
     @torch.no_grad()
     def project_to_sphere(self) -> None:
         """Scale every producing filter back to its radius.

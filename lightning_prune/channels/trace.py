@@ -129,19 +129,20 @@ def run_labels(model: nn.Module, example_inputs: ExampleInputs) -> tuple[Flow, d
     flow = Flow()
     tensors = label_tensors(flow, model)
     outputs: list[Any] = []
+    failed: list[str] = []
 
     def on_output(name: str, output: Any) -> None:
         if isinstance(output, Tensor):
             outputs.append((name, flow.get(output)))
 
-    with undisturbed(model), module_stack(model, flow.stack, on_output):
+    with undisturbed(model), module_stack(model, flow.stack, on_output, failed.append):
         try:
             with LabelMode(flow):
                 result = call_model(model, example_inputs)
         except AssertionError:
             raise
         except Exception as error:
-            raise describe_failure(model, example_inputs, error, flow.stack) from error
+            raise describe_failure(model, example_inputs, error, failed) from error
     flow.space.where = ""
     for tensor in tensors_in(result):
         flow.freeze_tensor(tensor, "an output of the network")

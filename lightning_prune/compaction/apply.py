@@ -15,17 +15,31 @@ from .rules import refresh_attributes
 
 #: running variances stay: a zero variance means nothing to a channel whose output is zero anyway
 _KEEP = ("running_var",)
+#: what Lightning replaces in a compiled LightningModule
+_COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
 def clone_model(model: nn.Module) -> nn.Module:
-    """Deep copy; a LightningModule's copy is detached from its Trainer (which would be copied along otherwise)."""
+    """Deep copy; a LightningModule's copy is detached from its Trainer (which would be copied along otherwise).
+
+    ``torch.compile(lightning_module)`` puts compiled methods, bound to the original, into its ``__dict__``: a copy must
+    not call them.
+    """
     memo: dict[int, object] = {}
     for module in model.modules():
         for attribute in ("_trainer", "_fabric"):
             attached = module.__dict__.get(attribute)
             if attached is not None:
                 memo[id(attached)] = None
-    return copy.deepcopy(model, memo)
+        if module.__dict__.get("_compiler_ctx") is not None:
+            for attribute in ("_compiler_ctx", *_COMPILED):
+                memo[id(module.__dict__.get(attribute))] = None
+    result = copy.deepcopy(model, memo)
+    for module in result.modules():
+        for method in _COMPILED:
+            if module.__dict__.get(method, module) is None:
+                del module.__dict__[method]
+    return result
 
 
 def _replace(model: nn.Module, changes: dict[str, Tensor]) -> None:
