@@ -326,7 +326,8 @@ class ChannelPruning(pl.Callback):
             {"epoch": trainer.current_epoch, "phase": phase.name.lower(), **record, "gates": gates}
         )
         pl_module.log_dict(
-            {"prune/phase": float(phase), **{f"prune/{k}": float(v) for k, v in record.items()}}
+            {"prune/phase": float(phase), **{f"prune/{k}": float(v) for k, v in record.items()}},
+            sync_dist=True,
         )
         total = self._schedule.total
         stop = total is not None and trainer.current_epoch + 1 >= total

@@ -73,7 +73,7 @@ class Wrapped(ToyModule):
     ("module", "callback", "error", "message"),
     [
         (Wrapped(nn.Flatten()), ChannelPruning(), TraceError, "no convolution or linear"),
-        (ToyModule(), ChannelPruning(include="backbone"), TraceError, "include='backbone' matches no prunable layer.*net.conv1"),
+        (ToyModule(), ChannelPruning(include="backbone"), TraceError, "include=.backbone. matches no.*net.conv1"),
         (ToyModule(), ChannelPruning(exclude=["net.conv9"]), TraceError, "exclude='net.conv9' matches no prunable layer"),
         (ToyModule(), ChannelPruning(target=0.001), BudgetError, "target=0.001 .* cannot be reached"),
         (ToyModule(), ChannelPruning(example_inputs=torch.zeros(1, 5, 6, 6)), TraceError,
