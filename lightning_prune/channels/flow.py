@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .labels import FIXED, WILD, Labels, LabelSpace, Vector
+from .calls import SizedCall
+from .labels import FIXED, Labels, LabelSpace, Vector
 
 _LIBRARY_FRAMES = ("/torch/", "/lightning_prune/channels/", "/lightning_prune/compaction/")
 
@@ -35,7 +36,7 @@ class Step:
 
     name: str
     module: str
-    where: str
+    line: str
     inputs: tuple[tuple[Vector | None, ...], ...]
     outputs: tuple[tuple[Vector | None, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -43,11 +44,18 @@ class Step:
 
 @dataclass
 class Flow:
-    """Labels of all tensors seen so far. Rules read with :meth:`get` and write with :meth:`set`."""
+    """Labels of all tensors seen so far. Rules read with :meth:`get` and write with :meth:`set`.
+
+    ``steps`` are the executed ops, ``calls`` the Python-level calls with sizes in them, ``hard`` the indices of those
+    calls whose sizes turned out to be hard-coded. ``producers``, ``consumers`` and ``mixed`` are the label vectors that
+    come out of a contraction, go into one with a weight of the network, and into one without.
+    """
 
     space: LabelSpace = field(default_factory=LabelSpace)
     contractions: list[Contraction] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    calls: list[SizedCall] = field(default_factory=list)
+    hard: set[int] = field(default_factory=set)
     stack: list[str] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
     producers: list[Vector] = field(default_factory=list)
@@ -62,6 +70,10 @@ class Flow:
     def module(self) -> str:
         """Name of the submodule being executed."""
         return self.stack[-1] if self.stack else ""
+
+    def where(self, line: str) -> str:
+        """The executing module and ``line``, as one text."""
+        return ", ".join(part for part in (self.module, line) if part)
 
     def register(self, name: str, tensor: Tensor, labels: Labels) -> None:
         """Introduce a parameter or buffer."""
@@ -108,7 +120,7 @@ class Flow:
             raise AssertionError(f"{len(labels)} label vectors for a tensor of {tensor.dim()} dimensions")
         kept: Labels = []
         for size, vector in zip(tensor.shape, labels, strict=True):
-            if vector is not None and size == 1 and vector[0] != WILD:
+            if vector is not None and size == 1:
                 self.space.freeze(vector, "a single channel picked out by its index")
                 vector = None
             if vector is not None and len(vector) != size:
@@ -140,12 +152,14 @@ class Flow:
 
     def join_vectors(self, vectors: Sequence[Vector]) -> Vector | None:
         """Unite vectors of equal length position by position; ``None`` when nothing is labelled."""
-        if not any((v > FIXED).any() or (v == WILD).any() for v in vectors):
+        if not any((v > FIXED).any() for v in vectors):
             return None
-        result = vectors[0].copy()
+        vectors = sorted(vectors, key=self.space.is_soft)
+        result = vectors[0]
         for vector in vectors[1:]:
-            self.space.unite(result, vector)
-            result = np.where(result == WILD, vector, np.where(vector == FIXED, FIXED, result))
+            if vector is not result:
+                self.space.unite(result, vector)
+                result = np.where(vector == FIXED, FIXED, result)
         return result
 
     def contraction(

@@ -94,6 +94,20 @@ class Term:
 
 
 @dataclass(frozen=True)
+class SizeRule:
+    """A call in Python code whose sizes are hard-coded, and what they have to be.
+
+    ``sizes`` names each number in the ``ordinal``-th call of ``function`` within the ``forward`` of ``module`` and the
+    axis that it measures.
+    """
+
+    module: str
+    function: str
+    ordinal: int
+    sizes: tuple[tuple[str, Axis], ...]
+
+
+@dataclass(frozen=True)
 class OutputSlices:
     """Labels of a module's output as channel ids (-1: not removable), per dimension or None. For naming a mismatch."""
 
@@ -112,6 +126,7 @@ class ChannelGraph:
         macs_terms / params_terms: how MACs (for the traced batch, divided by ``batch_size``) and parameters depend
             on the mask, see :class:`lightning_prune.cost.CostModel`.
         outputs: channel ids of module outputs in order of execution.
+        sizes: hard-coded sizes in Python code that have to be replaced when channels go.
         num_channels: total number of prunable channels.
     """
 
@@ -121,6 +136,7 @@ class ChannelGraph:
     macs_terms: tuple[Term, ...]
     params_terms: tuple[Term, ...]
     outputs: tuple[OutputSlices, ...] = field(repr=False, default=())
+    sizes: tuple[SizeRule, ...] = field(repr=False, default=())
 
     @property
     def num_channels(self) -> int:

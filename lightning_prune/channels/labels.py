@@ -2,23 +2,22 @@
 
 A *label* is an integer that names one index of one dimension of one parameter or buffer. Every tensor that flows
 through the traced model carries, per dimension, either ``None`` (the size of this dimension cannot change) or an
-``int64`` vector with one label per index. Two values are special:
-
-* ``FIXED`` (0): this position can never be removed;
-* ``WILD`` (-1): a constant made inside ``forward`` (``torch.zeros`` and friends), which joins anything.
+``int64`` vector with one label per index. Label ``FIXED`` (0) marks a position that can never be removed. *Soft* labels
+belong to no parameter: constants made inside ``forward`` and broadcast dimensions, which take the size of whatever they
+are joined with.
 
 :class:`LabelSpace` hands out labels and collects the equations between them; :meth:`LabelSpace.classes` solves them.
 """
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 FIXED = 0
-WILD = -1
 
 Vector = npt.NDArray[np.int64]
 #: labels of one tensor: one entry per dimension
@@ -62,12 +61,24 @@ class LabelSpace:
     size: int = 1
     where: str = ""
     _edges: list[tuple[Vector, Vector]] = field(default_factory=list)
-    _freezes: list[tuple[Vector, Freeze]] = field(default_factory=list)
+    freezes: list[Freeze] = field(default_factory=list)
+    _frozen: list[Vector] = field(default_factory=list)
+    _soft: list[int] = field(default_factory=list)  # starts and ends of soft ranges, rising
 
     def new(self, n: int) -> Vector:
         """Allocate ``n`` fresh labels."""
         start, self.size = self.size, self.size + n
         return np.arange(start, self.size, dtype=np.int64)
+
+    def soft(self, n: int) -> Vector:
+        """Allocate ``n`` soft labels."""
+        labels = self.new(n)
+        self._soft += [self.size - n, self.size]
+        return labels
+
+    def is_soft(self, vector: Vector) -> bool:
+        """True when the vector was allocated by :meth:`soft`."""
+        return bool(len(vector)) and bisect.bisect_right(self._soft, int(vector[0])) % 2 == 1
 
     def unite(self, a: Vector, b: Vector, reason: str = "joined with a tensor of fixed size") -> None:
         """Demand that ``a[i]`` and ``b[i]`` are removed together; a ``FIXED`` partner freezes the other."""
@@ -93,20 +104,26 @@ class LabelSpace:
     def freeze(self, labels: Vector | None, reason: str, where: str | None = None) -> None:
         """Mark ``labels`` as not removable, for ``reason``; the first reason given is the one reported."""
         if labels is not None:
-            real = np.unique(labels[labels > FIXED])
+            real = labels[labels > FIXED]
             if real.size:
-                self._freezes.append((real, Freeze(reason, self.where if where is None else where)))
+                self._frozen.append(real)
+                self.freezes.append(Freeze(reason, self.where if where is None else where))
 
-    def classes(self) -> tuple[Vector, dict[int, Freeze]]:
-        """Solve: ``(root of each label, {root: why it is frozen})``."""
+    def solve(self) -> tuple[Vector, Vector]:
+        """``(root of each label, per root the number of the first freeze that hit its class or -1)``."""
         if self._edges:
             a = np.concatenate([e[0] for e in self._edges])
             b = np.concatenate([e[1] for e in self._edges])
+            self._edges = [(a, b)]
         else:
             a = b = np.empty(0, dtype=np.int64)
         root = connected_components(self.size, a, b)
-        frozen: dict[int, Freeze] = {}
-        for labels, why in self._freezes:
-            for r in np.unique(root[labels]):
-                frozen.setdefault(int(r), why)
+        frozen = np.full(self.size, -1, np.int64)
+        for i in range(len(self._frozen) - 1, -1, -1):
+            frozen[root[self._frozen[i]]] = i
         return root, frozen
+
+    def classes(self) -> tuple[Vector, dict[int, Freeze]]:
+        """:meth:`solve` with the freezes themselves: ``(root of each label, {root: why it is frozen})``."""
+        root, frozen = self.solve()
+        return root, {int(r): self.freezes[frozen[r]] for r in np.flatnonzero(frozen >= 0)}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..inputs import ExampleInputs, call_model, describe_failure
+from .calls import SIZED, SizedCall, function_name, slots
 from .flow import Flow, Step, source_line
 from .labels import Labels
 from .rules import Call, apply_rule, tensors_of
@@ -30,17 +33,25 @@ class LabelMode(TorchDispatchMode):
         flow = self.flow
         inputs = list(tensors_of((args, kwargs)))
         line = source_line()
-        flow.space.where = f"{flow.module}, {line}" if line else flow.module
+        flow.space.where = flow.where(line)
         before = tuple(tuple(flow.get(t)) for t in inputs)
         out = func(*args, **kwargs)
         call = Call(func, args, kwargs, out)
-        apply_rule(flow, call)
+        try:
+            apply_rule(flow, call)
+        except (
+            Exception
+        ) as error:  # a rule that does not understand this use of its op: unknown, hence frozen
+            for tensor in inputs:
+                flow.freeze_tensor(tensor, f"{call.name} is used in a way its rule does not know ({error})")
+            for tensor in call.outputs():
+                flow.set(tensor, [None] * tensor.dim())
         outputs = call.outputs()
         flow.steps.append(
             Step(
                 call.name,
                 flow.module,
-                flow.space.where,
+                line,
                 before,
                 tuple(tuple(flow.get(t)) for t in outputs),
                 tuple(tuple(t.shape) for t in outputs),
@@ -49,19 +60,47 @@ class LabelMode(TorchDispatchMode):
         return out
 
 
+class CallRecorder(TorchFunctionMode):
+    """Records the Python-level calls that take sizes, with the labels that each size counts."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+        #: per running module: how often each function was called since its ``forward`` began
+        self.frames: list[Counter[str]] = [Counter()]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = function_name(func)
+        if name not in SIZED:
+            return func(*args, **kwargs)
+        flow = self.flow
+        ordinal = self.frames[-1][name]
+        for frame in self.frames:
+            frame[name] += 1
+        where = flow.where(source_line())
+        out = func(*args, **kwargs)
+        found = slots(name, args, kwargs, out, flow.get)
+        flow.calls.append(SizedCall(name, flow.module, ordinal, where, tuple(found)))
+        return out
+
+
 @contextlib.contextmanager
 def module_stack(
-    model: nn.Module, stack: list[str], on_output: Any = None, on_error: Any = None
+    model: nn.Module, stack: list[str], on_output: Any = None, on_error: Any = None, on_enter: Any = None
 ) -> Iterator[None]:
     """Keep in ``stack`` the names of the submodules being executed.
 
-    ``on_output(name, output)`` is called after each; ``on_error(name)`` for each that raises, innermost first.
+    ``on_output(name, output)`` is called after each; ``on_error(name)`` for each that raises, innermost first;
+    ``on_enter(name)`` before each.
     """
     names = {module: name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:
         if module in names:
             stack.append(names[module])
+            if on_enter is not None:
+                on_enter(names[module])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if module in names:
@@ -130,19 +169,22 @@ def run_labels(model: nn.Module, example_inputs: ExampleInputs) -> tuple[Flow, d
     tensors = label_tensors(flow, model)
     outputs: list[Any] = []
     failed: list[str] = []
+    recorder = CallRecorder(flow)
+
+    def on_enter(name: str) -> None:
+        recorder.frames.append(Counter())
 
     def on_output(name: str, output: Any) -> None:
+        recorder.frames.pop()
         if isinstance(output, Tensor):
             outputs.append((name, flow.get(output)))
 
-    with undisturbed(model), module_stack(model, flow.stack, on_output, failed.append):
+    with undisturbed(model), module_stack(model, flow.stack, on_output, failed.append, on_enter):
         try:
-            with LabelMode(flow):
+            with recorder, LabelMode(flow):
                 result = call_model(model, example_inputs)
-        except AssertionError:
-            raise
         except Exception as error:
-            raise describe_failure(model, example_inputs, error, failed) from error
+            raise describe_failure(model, example_inputs, error, failed[:1]) from error
     flow.space.where = ""
     for tensor in tensors_in(result):
         flow.freeze_tensor(tensor, "an output of the network")

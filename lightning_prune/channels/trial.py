@@ -1,56 +1,140 @@
-"""Try a thinned copy of the model for real, op by op, and freeze what a size hard-coded in Python breaks."""
+"""Run a thinned copy for real: find the sizes that are hard-coded, and freeze what still does not come out equal."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import CompactionError
 from ..inputs import ExampleInputs, call_model
+from .calls import SIZED, function_name, read, write
 from .flow import Flow, Step
 from .groups import ChannelGraph, Mask
 from .labels import Vector
-from .trace import undisturbed
+from .rules import tensors_of
+from .trace import tensors_in, undisturbed
 
-_REASON = "a size is hard-coded in Python behind these channels"
+#: ops that only move data: a corrected call may execute others of them, so they are not compared
+_MOVES = set(
+    """
+    view _unsafe_view reshape _reshape_alias clone contiguous alias detach split split_with_sizes chunk slice narrow
+    unsafe_split unsafe_chunk tensor_split permute transpose t expand as_strided lift_fresh _to_copy unsqueeze squeeze
+    select unbind copy_ new_empty empty
+    """.split()  # noqa: SIM905
+)
+TOLERANCE = 1e-4
+_MOST_RUNS = 12
 
 
 class _DivergedError(Exception):
-    """The thinned copy left the traced path at ``index``."""
+    """The thinned copy left the traced path at step ``index``."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, index: int, reason: str) -> None:
+        self.index, self.reason = index, reason
 
 
-class _ExpectedShapes(TorchDispatchMode):
-    """Compares every op's output shapes with what the labels predict."""
+def compared(steps: list[Step]) -> list[Step]:
+    """The steps whose results are compared between the masked and the thinned network."""
+    return [s for s in steps if s.name.removeprefix("aten.") not in _MOVES]
 
-    def __init__(self, steps: list[Step], dead: Mask) -> None:
+
+class _Steps(TorchDispatchMode):
+    """Follows the compared steps: checks shapes against the labels and, given ``expected``, values."""
+
+    def __init__(
+        self, steps: list[Step], dead: Mask, expected: list[list[Tensor]] | None, record: bool = False
+    ) -> None:
         super().__init__()
-        self.steps, self.dead, self.index = steps, dead, 0
+        self.steps, self.dead, self.expected, self.index = steps, dead, expected, 0
+        self.seen: list[list[Tensor]] | None = [] if record else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from .rules import tensors_of
-
-        if self.index >= len(self.steps) or str(func.overloadpacket) != self.steps[self.index].name:
-            raise _DivergedError(self.index)
+        name = str(func.overloadpacket)
+        if name.removeprefix("aten.") in _MOVES:
+            return func(*args, **(kwargs or {}))
+        if self.index >= len(self.steps) or name != self.steps[self.index].name:
+            raise _DivergedError(self.index, "the network takes another path when these channels are fewer")
         out = func(*args, **(kwargs or {}))
-        step = self.steps[self.index]
-        for tensor, labels, shape in zip(tensors_of(out), step.outputs, step.shapes, strict=True):
-            if tuple(tensor.shape) != self._predict(labels, shape):
-                raise _DivergedError(self.index)
+        step, found = self.steps[self.index], list(tensors_of(out))
+        if self.seen is not None:
+            self.seen.append(
+                [_kept(t, v, self.dead).clone() for t, v in zip(found, step.outputs, strict=True)]
+            )
+        else:
+            self._check(step, found)
         self.index += 1
         return out
 
-    def _predict(self, labels: tuple[Vector | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(
-            n if v is None else n - int(self.dead[np.maximum(v, 0)].sum())
-            for n, v in zip(shape, labels, strict=True)
-        )
+    def _check(self, step: Step, found: list[Tensor]) -> None:
+        for i, (tensor, labels, shape) in enumerate(zip(found, step.outputs, step.shapes, strict=True)):
+            if tuple(tensor.shape) != _predict(labels, shape, self.dead):
+                raise _DivergedError(self.index, "a size is hard-coded in Python behind these channels")
+            if self.expected is not None and i == 0 and not close(self.expected[self.index][i], tensor):
+                raise _DivergedError(
+                    self.index, f"{step.name} computes something else when these channels are fewer"
+                )
+
+
+class _Sizes(TorchFunctionMode):
+    """Compares the sizes in every call with what the labels say, and puts the right ones in where they differ."""
+
+    def __init__(self, flow: Flow, dead: Mask, steps: _Steps) -> None:
+        super().__init__()
+        self.flow, self.dead, self.steps, self.index = flow, dead, steps, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = function_name(func)
+        if name in SIZED:
+            calls = self.flow.calls
+            if self.index >= len(calls) or calls[self.index].function != name:
+                raise _DivergedError(
+                    self.steps.index, "the network takes another path when these channels are fewer"
+                )
+            call = calls[self.index]
+            if call.slots:
+                right = {slot: len(v) - int(self.dead[v].sum()) for slot, v in call.slots}
+                found = read(name, args, kwargs, list(right))
+                if any(n is not None and n != right[slot] for slot, n in found.items()):
+                    self.flow.hard.add(self.index)
+                    func, args, kwargs = write(func, name, args, kwargs, right)
+            self.index += 1
+        try:
+            return func(*args, **kwargs)
+        except _DivergedError:
+            raise
+        except Exception as error:
+            raise _DivergedError(self.steps.index, f"{name} fails when these channels are fewer") from error
+
+
+def _predict(labels: tuple[Vector | None, ...], shape: tuple[int, ...], dead: Mask) -> tuple[int, ...]:
+    return tuple(n if v is None else n - int(dead[v].sum()) for n, v in zip(shape, labels, strict=True))
+
+
+def _kept(tensor: Tensor, labels: tuple[Vector | None, ...], dead: Mask) -> Tensor:
+    import torch
+
+    for d, vector in enumerate(labels):
+        if vector is not None and dead[vector].any():
+            tensor = tensor.index_select(d, torch.from_numpy(np.flatnonzero(~dead[vector])).to(tensor.device))
+    return tensor.detach()
+
+
+def close(expected: Tensor, found: Tensor) -> bool:
+    """Equal up to rounding, relative to the largest value; not-a-number and infinity must match exactly."""
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return False
+    if not expected.is_floating_point():
+        return bool((expected == found).all())
+    if not expected.numel():
+        return True
+    a, b = expected.nan_to_num(), found.nan_to_num()
+    return bool((a - b).abs().max() <= TOLERANCE * max(float(a.abs().max()), 1e-12))
 
 
 def random_mask(graph: ChannelGraph, fraction: float = 0.3, seed: int = 0) -> Mask:
@@ -67,36 +151,90 @@ def settle(
     model: nn.Module, inputs: ExampleInputs, flow: Flow, build: Callable[[], ChannelGraph]
 ) -> ChannelGraph:
     """Thin, run, freeze the labels at the op that breaks, and repeat until a thinned copy equals its masked twin."""
-    from ..compaction import CompactionPlan, apply_plan, mask_channels
-    from ..compaction.verify import check_equal
-
-    graph = build()
-    while graph.groups:
-        plan = CompactionPlan.from_mask(graph, random_mask(graph))
-        thinned = apply_plan(model, plan)
-        mode = _ExpectedShapes(flow.steps, _dead_labels(flow, plan))
-        try:
-            with undisturbed(thinned), mode:
-                call_model(thinned, inputs)
-        except _DivergedError as stop:
-            culprits = _labels_at(flow.steps, stop.index)
-        except Exception:
-            culprits = _labels_at(flow.steps, mode.index)
-        else:
-            try:
-                check_equal(model, mask_channels(model, inputs, plan), thinned, inputs, plan)
-                return graph
-            except CompactionError as error:
-                culprits = _labels_in(flow.steps, error.module)
-        before = graph.num_channels
-        _freeze(flow, culprits)
+    blamed: Counter[tuple[str, str]] = Counter()
+    steps = compared(flow.steps)
+    for _ in range(_MOST_RUNS):
+        flow.hard.clear()
         graph = build()
-        if (
-            graph.num_channels >= before
-        ):  # nothing to blame: give up on all rather than return something wrong
-            _freeze(flow, [(v, "") for step in flow.steps for v in _vectors(step)])
-            graph = build()
-    return graph
+        if not graph.groups:
+            return graph
+        stop = _try(model, inputs, flow, graph, steps)
+        if stop is None:
+            conflict = _conflicting_calls(flow)
+            if not conflict:
+                return build()
+            for vector, where in conflict:
+                flow.space.freeze(vector, "one line of Python would need several sizes", where)
+            continue
+        step = steps[min(stop.index, len(steps) - 1)]
+        blamed[step.name, step.line] += 1
+        # one step alone may be special; a line that breaks twice breaks everywhere
+        alike = [s for s in steps if (s.name, s.line) == (step.name, step.line)] if step.line else []
+        before = graph.num_channels
+        _freeze(flow, alike if blamed[step.name, step.line] > 1 else [step], stop.reason)
+        if build().num_channels == before:
+            _freeze(flow, steps[max(0, stop.index - 3) : stop.index + 2], stop.reason)
+            if build().num_channels == before:
+                break
+    _freeze(flow, flow.steps, "no thinned copy came out equal")
+    flow.hard.clear()
+    return build()
+
+
+def _try(
+    model: nn.Module, inputs: ExampleInputs, flow: Flow, graph: ChannelGraph, steps: list[Step]
+) -> _DivergedError | None:
+    """Run one thinned copy beside its masked twin; where it first fails or differs, or None."""
+    from ..compaction import CompactionPlan, apply_plan, mask_channels
+
+    plan = CompactionPlan.from_mask(graph, random_mask(graph))
+    thinned, masked = apply_plan(model, plan), mask_channels(model, inputs, plan)
+    dead = _dead_labels(flow, plan)
+
+    def run(expected: list[list[Tensor]] | None) -> list[Tensor] | _DivergedError:
+        mode = _Steps(steps, dead, expected)
+        try:
+            with undisturbed(thinned), _Sizes(flow, dead, mode), mode:
+                return list(tensors_in(call_model(thinned, inputs)))
+        except _DivergedError as stop:
+            return stop
+        except Exception as error:
+            reason = f"Python code fails when these channels are fewer: {error}"
+            return _DivergedError(max(0, mode.index - 1), reason)
+
+    found = run(None)
+    if isinstance(found, _DivergedError):
+        return found
+    with undisturbed(masked):
+        expected = list(tensors_in(call_model(masked, inputs)))
+    if len(expected) == len(found) and all(close(a, b) for a, b in zip(expected, found, strict=True)):
+        return None
+    recorder = _Steps(steps, dead, None, record=True)
+    with undisturbed(masked), recorder:
+        call_model(masked, inputs)
+    found = run(recorder.seen)
+    if isinstance(found, _DivergedError):
+        return found
+    return _DivergedError(len(steps) - 1, "the outputs differ when these channels are fewer")
+
+
+def _conflicting_calls(flow: Flow) -> list[tuple[Vector, str]]:
+    """Hard-coded calls that one place in the code makes with different labels (a module that is used several times)."""
+    root, _ = flow.space.classes()
+    first: dict[tuple[str, str, int], int] = {}
+    wanted = {(c.module, c.function, c.ordinal) for c in (flow.calls[i] for i in flow.hard)}
+    result = []
+    for i, call in enumerate(flow.calls):
+        key = (call.module, call.function, call.ordinal)
+        if key in wanted and first.setdefault(key, i) != i:
+            other = flow.calls[first[key]]
+            same = [s for s, _ in call.slots] == [s for s, _ in other.slots] and all(
+                np.array_equal(np.sort(root[a]), np.sort(root[b]))
+                for (_, a), (_, b) in zip(call.slots, other.slots, strict=True)
+            )
+            if not same:
+                result += [(v, call.where) for _, v in (*call.slots, *other.slots)]
+    return result
 
 
 def _dead_labels(flow: Flow, plan: Any) -> Mask:
@@ -111,27 +249,9 @@ def _dead_labels(flow: Flow, plan: Any) -> Mask:
     return np.isin(root, dead_roots[dead_roots > 0])
 
 
-def _vectors(step: Step) -> list[Vector]:
-    return [v for labels in (*step.inputs, *step.outputs) for v in labels if v is not None]
-
-
-def _labels_at(steps: list[Step], index: int) -> list[tuple[Vector, str]]:
-    """Labels around the op where the copy left the path: the op itself, or the last one that had any."""
-    for step in [*steps[index : index + 1], *reversed(steps[: min(index, len(steps))])]:
-        if _vectors(step):
-            return [(v, step.where) for v in _vectors(step)]
-    return []
-
-
-def _labels_in(steps: list[Step], module: str | None) -> list[tuple[Vector, str]]:
-    return [
-        (v, step.where)
-        for step in steps
-        if module and (step.module == module or step.module.startswith(f"{module}."))
-        for v in _vectors(step)
-    ]
-
-
-def _freeze(flow: Flow, culprits: list[tuple[Vector, str]]) -> None:
-    for vector, where in culprits:
-        flow.space.freeze(vector, _REASON, where)
+def _freeze(flow: Flow, steps: list[Step], reason: str) -> None:
+    for step in steps:
+        where = ", ".join(part for part in (step.module, step.line) if part)
+        for labels in (*step.inputs, *step.outputs):
+            for vector in labels:
+                flow.space.freeze(vector, reason, where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from ..channels.trace import named_tensors
 from ..inputs import ExampleInputs
 from .plan import CompactionPlan, TensorSlice
 from .rules import refresh_attributes
+from .sizes import install
 
 #: running variances stay: a zero variance means nothing to a channel whose output is zero anyway
 _KEEP = ("running_var",)
@@ -73,6 +74,15 @@ def _edited(
     return result
 
 
+def _is_direction(tensors: Mapping[str, Tensor], piece: TensorSlice) -> bool:
+    """Is this the direction of a weight-normalised filter? Its magnitude is zeroed instead: zero has no direction."""
+    for direction, magnitude in (("original1", "original0"), ("weight_v", "weight_g")):
+        if piece.tensor.endswith(direction):
+            other = tensors.get(piece.tensor.removesuffix(direction) + magnitude)
+            return other is not None and other.dim() > piece.dim and other.shape[piece.dim] == piece.size
+    return False
+
+
 def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     """A smaller copy of ``model``; ``model`` is untouched. Does not check that it computes the same: see ``compact``.
 
@@ -93,6 +103,7 @@ def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     result = _edited(model, plan, cut)
     for module in result.modules():
         refresh_attributes(module)
+    install(result, plan.sizes)
     return result
 
 
@@ -106,9 +117,10 @@ def mask_channels(model: nn.Module, example_inputs: ExampleInputs | None, plan: 
     Raises:
         PlanError: ``plan`` was made for another model.
     """
+    tensors = named_tensors(model)
 
     def zero(tensor: Tensor, piece: TensorSlice) -> Tensor:
-        if piece.tensor.endswith(_KEEP):
+        if piece.tensor.endswith(_KEEP) or _is_direction(tensors, piece):
             return tensor
         return tensor.index_fill(piece.dim, torch.tensor(piece.removed, device=tensor.device), 0)
 

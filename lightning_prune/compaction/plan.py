@@ -14,6 +14,7 @@ import numpy as np
 
 from ..channels.groups import ChannelGraph, Mask
 from ..errors import PlanError
+from .sizes import SizeFix
 
 FORMAT = "lightning-prune/compaction-plan"
 VERSION = 1
@@ -45,11 +46,13 @@ class CompactionPlan:
         groups: per channel group, its size and the removed channels.
         slices: per tensor and dimension, the removed positions.
         tensors: dense shape of every parameter and buffer, to recognise a foreign model.
+        sizes: sizes to put in place of those that Python code spells out.
     """
 
     groups: Mapping[str, GroupRemoval]
     slices: tuple[TensorSlice, ...]
     tensors: Mapping[str, tuple[int, ...]]
+    sizes: tuple[SizeFix, ...] = ()
 
     @classmethod
     def from_mask(cls, graph: ChannelGraph, mask: Mask) -> CompactionPlan:
@@ -73,7 +76,14 @@ class CompactionPlan:
             positions = np.unique(np.concatenate(parts))
             if len(positions):
                 slices.append(TensorSlice(tensor, dim, graph.tensors[tensor][dim], tuple(positions.tolist())))
-        return cls(groups, tuple(slices), dict(graph.tensors))
+        live = mask.astype(np.float64)
+        sizes = tuple(
+            SizeFix(
+                r.module, r.function, r.ordinal, tuple((slot, int(axis.size(live))) for slot, axis in r.sizes)
+            )
+            for r in graph.sizes
+        )
+        return cls(groups, tuple(slices), dict(graph.tensors), sizes)
 
     @property
     def removed(self) -> dict[str, list[int]]:
@@ -133,6 +143,10 @@ class CompactionPlan:
                 for s in self.slices
             ],
             "tensors": {n: list(s) for n, s in self.tensors.items()},
+            "sizes": [
+                {"module": f.module, "function": f.function, "ordinal": f.ordinal, "sizes": dict(f.sizes)}
+                for f in self.sizes
+            ],
         }
 
     @classmethod
@@ -157,6 +171,15 @@ class CompactionPlan:
                     for s in data["slices"]
                 ),
                 {str(n): tuple(map(int, s)) for n, s in data["tensors"].items()},
+                tuple(
+                    SizeFix(
+                        str(f["module"]),
+                        str(f["function"]),
+                        int(f["ordinal"]),
+                        tuple((str(slot), int(n)) for slot, n in f["sizes"].items()),
+                    )
+                    for f in data.get("sizes", ())
+                ),
             )
             plan._check_consistent()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -1,4 +1,4 @@
-"""Small networks, one per way in which channels can be tied together. All take ``[N, 3, 16, 16]`` unless they say otherwise."""
+"""Small networks, one per way in which channels can be tied together. Inputs are ``[N, 3, 16, 16]`` unless said."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ class Detector(nn.Module):
         x = self.neck(self.image(image) + self.depth(depth))
         return {
             "first": Output(self.boxes(x), self.scores(x).sigmoid()),
-            "all": (x.mean((1, 2, 3)), [x.shape[0]]),
+            "all": (self.boxes(x).mean((2, 3)), [x.shape[0]]),
         }
 
 
@@ -295,8 +295,8 @@ class HardCoded(nn.Module):
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     c.__name__: c
     for c in (
-        Plain, Residual, Dense, Depthwise, Grouped, Transposed, FlattenLinear, SqueezeExcite, Shuffle, PixelShuffle, Tied,
-        PadShortcut, SpaceToDepth, WeightNorm, OwnParameters, OneDimensional, Branching,
+        Plain, Residual, Dense, Depthwise, Grouped, Transposed, FlattenLinear, SqueezeExcite, Shuffle, PixelShuffle,
+        Tied, PadShortcut, SpaceToDepth, WeightNorm, OwnParameters, OneDimensional, Branching,
     )
 }  # fmt: skip
 

@@ -32,10 +32,17 @@ _VIEWS = {
 }
 
 
+def _is_pointwise(call: Call) -> bool:
+    """Does aten tag the op, or the plain twin of this in-place op, as pointwise?"""
+    plain = getattr(torch.ops.aten, call.name.removeprefix("aten.").removesuffix("_"), None)
+    twins = [getattr(plain, name) for name in plain.overloads()] if plain is not None else []
+    return any(torch.Tag.pointwise in func.tags for func in (call.func, *twins))
+
+
 def apply_rule(flow: Flow, call: Call) -> None:
     """Propagate labels through one executed op."""
     found: Rule | None = lookup(call.name)
-    if found is None and torch.Tag.pointwise in call.func.tags:
+    if found is None and _is_pointwise(call):
         found = pointwise.pointwise
     if found is not None:
         found(flow, call)

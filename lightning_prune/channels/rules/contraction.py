@@ -163,13 +163,13 @@ def linear(flow: Flow, call: Call) -> None:
     _scaled_dot_product_attention_math scaled_dot_product_attention
 """)
 def attention(flow: Flow, call: Call) -> None:
-    """softmax(q k^T * scale) v: value channels pass; query and key channels mix, and set the default scale."""
+    """softmax(q k^T * scale) v: value channels pass; query and key channels mix.
+
+    The default scale counts those; as a sized call it keeps the dense network's number.
+    """
     query, key, value = call.args[:3]
     lq, lk, lv = flow.get(query), flow.get(key), flow.get(value)
     space = flow.space
-    if call.arg("scale") is None:
-        for vector in (lq[-1], lk[-1]):
-            space.freeze(vector, "attention derives its scale from the number of these channels")
     shared = flow.join_vectors([_or_fixed(lq[-1], query.shape[-1]), _or_fixed(lk[-1], key.shape[-1])])
     for labels in (lq, lk, lv):
         for vector in labels[:-1]:

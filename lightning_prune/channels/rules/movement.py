@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from ..flow import Flow
-from ..labels import FIXED, WILD, Labels, Vector
+from ..labels import FIXED, Labels, Vector
 from .registry import Call, rule
 
 
@@ -17,6 +17,18 @@ from .registry import Call, rule
 def same(flow: Flow, call: Call) -> None:
     """Copies and aliases."""
     flow.set(call.outputs()[0], flow.get(call.args[0]))
+
+
+@rule("as_strided as_strided_")
+def as_strided(flow: Flow, call: Call) -> None:
+    """Aten uses it to restore a memory format: the same shape keeps its labels. Anything else is unknown."""
+    x, out = call.args[0], call.outputs()[0]
+    before = flow.get(x)
+    if list(call.args[1]) == list(x.shape) and call.arg("storage_offset") in (None, 0, x.storage_offset()):
+        flow.set(out, before)
+        return
+    flow.freeze_tensor(x, "read with strides of its own")
+    flow.set(out, [None] * out.dim())
 
 
 @rule("permute", "transpose", "t", "numpy_T", "adjoint", "movedim", "swapaxes", "transpose_")
@@ -54,27 +66,26 @@ def squeeze(flow: Flow, call: Call) -> None:
 
 @rule("expand", "broadcast_to", "expand_copy")
 def expand(flow: Flow, call: Call) -> None:
-    """Broadcast dimensions repeat one position and have a fixed size."""
+    """Broadcast dimensions repeat one position: their size is that of whatever they meet."""
     x = call.args[0]
     out = call.outputs()[0]
     lead = out.dim() - x.dim()
-    labels: Labels = [None] * lead
+    labels: Labels = [flow.space.soft(n) if n > 1 else None for n in out.shape[:lead]]
     for d, vector in enumerate(flow.get(x)):
-        labels.append(vector if x.shape[d] == out.shape[lead + d] else None)
+        size = out.shape[lead + d]
+        labels.append(vector if x.shape[d] == size else flow.space.soft(size))
     flow.set(out, labels)
 
 
-def _part(flow: Flow, vector: Vector | None, start: int, length: int, what: str) -> Vector | None:
-    """Labels of one part of a dimension. An even part keeps the parts equal; an uneven one is a hard-coded size."""
+def _part(flow: Flow, vector: Vector | None, start: int, length: int) -> Vector | None:
+    """Labels of one part of a dimension. Even parts stay equal, since most code computes them from the whole size."""
     if vector is None or length == len(vector):
         return vector
     part = vector[start : start + length]
-    if (vector == WILD).any():
-        return part  # a buffer that is filled in pieces: stays an aliasing view
+    if flow.space.is_soft(vector):
+        return part  # a constant that is filled in pieces
     if length and len(vector) % length == 0 and start % length == 0:
         flow.space.unite_all(vector.reshape(-1, length).T)
-    else:
-        flow.space.freeze(vector, f"{what} at a hard-coded size")
     return part
 
 
@@ -90,7 +101,7 @@ def slice_(flow: Flow, call: Call) -> None:
         start, step, size = call.arg("start") or 0, call.arg("step", 1) or 1, x.shape[dim]
         start = max(0, start + size if start < 0 else start)
         if step == 1:
-            labels[dim] = _part(flow, vector, min(start, size), out.shape[dim], "sliced")
+            labels[dim] = _part(flow, vector, min(start, size), out.shape[dim])
         else:
             flow.space.freeze(vector, "sliced with a step")
             labels[dim] = None
@@ -112,7 +123,7 @@ def split(flow: Flow, call: Call) -> None:
             flow.space.freeze(labels[dim], "single channels picked out by unbind")
             del labels[dim]
         else:
-            labels[dim] = _part(flow, labels[dim], start, out.shape[dim], "split")
+            labels[dim] = _part(flow, labels[dim], start, out.shape[dim])
             start += out.shape[dim]
         flow.set(out, labels)
 
@@ -138,8 +149,7 @@ def cat(flow: Flow, call: Call) -> None:
     for d in range(out.dim()):
         vectors = [_or_fixed(c[d], t.shape[d]) for c, t in zip(columns, tensors, strict=True)]
         if d == dim:
-            # a constant piece has a size of its own
-            joined = np.concatenate([np.where(v == WILD, FIXED, v) for v in vectors])
+            joined = np.concatenate(vectors)
             labels.append(joined if (joined != FIXED).any() else None)
         else:
             labels.append(flow.join_vectors(vectors))

@@ -31,6 +31,13 @@ def batch_norm(flow: Flow, call: Call) -> None:
     """Input, weight, bias and running statistics share the labels of dimension 1."""
     x = call.args[0]
     vectors = [a for a in call.args[1:] if isinstance(a, Tensor) and a.dim() == 1 and a.numel() == x.shape[1]]
+    if (
+        call.arg("training", call.name == "aten._batch_norm_with_update")
+        and call.name != "aten._batch_norm_no_update"
+    ):
+        for d, vector in enumerate(flow.get(x)):
+            if d != 1:
+                flow.space.freeze(vector, "batch statistics are taken over these channels")
     labels = _per_channel(flow, x, vectors, 1)
     out, *saved = call.outputs()
     flow.set(out, labels)
@@ -55,6 +62,21 @@ def layer_norm(flow: Flow, call: Call) -> None:
     flow.set(out, labels)
     for tensor in saved:
         flow.set(tensor, [None] * tensor.dim())
+
+
+@rule("_weight_norm_interface _weight_norm")
+def weight_norm(flow: Flow, call: Call) -> None:
+    """``g * v / norm(v)``: zero columns add nothing to the norm, so both directions may shrink."""
+    v, g = call.args[:2]
+    dim = call.arg("dim", 0)
+    out, *norms = call.outputs()
+    flow.set(out, flow.join([v, g], v.shape))
+    flow.inherit(out, v)
+    for vector in [x for d, x in enumerate(flow.get(v)) if d != dim]:
+        if vector is not None:
+            flow.mixed.append(vector)
+    for norm in norms:
+        flow.set(norm, flow.get(g) if norm.shape == g.shape else [None] * norm.dim())
 
 
 @rule("native_group_norm", "group_norm")

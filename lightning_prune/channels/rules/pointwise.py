@@ -5,28 +5,24 @@ from __future__ import annotations
 import numpy as np
 
 from ..flow import Flow
-from ..labels import WILD, Labels
+from ..labels import Labels
 from .registry import Call, rule, tensors_of
 
 
 def pointwise(flow: Flow, call: Call) -> None:
     """Any op whose output element depends only on the input elements at the same (broadcast) position."""
+    sources = [t for t in tensors_of((call.args, call.kwargs)) if t.dim() > 0]
     for out in call.outputs():
-        inputs = [t for t in tensors_of((call.args, call.kwargs)) if t.dim() <= out.dim() and t.dim() > 0]
-        flow.set(out, flow.join(inputs, out.shape))
+        flow.set(out, flow.join([t for t in sources if t.dim() <= out.dim()], out.shape))
+        if sources and all(flow.origin(t) is not None for t in sources):
+            flow.inherit(out, max(sources, key=lambda t: t.numel()))  # a weight computed from parameters
 
 
-for _name in (
-    "native_dropout",
-    "dropout",
-    "masked_fill",
-    "masked_fill_",
-    "where",
-    "clamp",
-    "bernoulli",
-    "rrelu_with_noise",
-):
-    rule(_name)(pointwise)
+rule("""
+    native_dropout dropout masked_fill where clamp rrelu_with_noise hardswish hardsigmoid mish selu celu relu6 silu gelu
+    log_sigmoid log_sigmoid_forward softplus hardtanh nan_to_num copysign heaviside complex polar
+    isnan isfinite isinf isneginf isposinf isclose where_self floor_divide true_divide float_power xlogy special_entr
+""")(pointwise)
 
 
 @rule("_prelu_kernel", "prelu")
@@ -55,7 +51,7 @@ def _fixed(tensor: object) -> np.ndarray:
 
 @rule("copy_", "copy")
 def copy(flow: Flow, call: Call) -> None:
-    """``target[...] = source``: a constant target takes the source's labels, also in the tensor it is a view of."""
+    """``target[...] = source``: both are united, and with the target whatever it is a view of."""
     target, source = call.args[:2]
     mine = flow.get(target)
     theirs: Labels = [None] * target.dim()
@@ -67,8 +63,6 @@ def copy(flow: Flow, call: Call) -> None:
         if vector is None:
             flow.space.freeze(other, "written into a tensor of fixed size")
             continue
-        wild = vector == WILD
-        flow.space.unite(vector[~wild], other[~wild])
-        vector[wild] = other[wild]  # numpy views alias exactly where the tensors do
+        flow.space.unite(vector, other)
     if call.outputs()[0] is not target:
         flow.set(call.outputs()[0], mine)

@@ -59,8 +59,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def lookup(name: str) -> Rule | None:
-    """The rule registered for ``name``, if any."""
-    return _RULES.get(name)
+    """The rule registered for ``name``, if any; an in-place op has that of its plain twin."""
+    return _RULES.get(name) or _RULES.get(name.removesuffix("_"))
 
 
 def tensors_of(tree: Any) -> Iterator[Tensor]:

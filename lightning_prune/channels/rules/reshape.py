@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..flow import Flow
-from ..labels import FIXED, WILD, Labels, Vector
+from ..labels import FIXED, Labels, Vector
 from .registry import Call, rule
 
 Block = tuple[list[int], list[int]]
@@ -59,9 +59,11 @@ def reshape_labels(
         labelled = [d for d in ins if labels[d] is not None]
         if not labelled:
             continue
-        real = [d for d in labelled if np.any(labels[d] != WILD)] or labelled[:1]
-        for d in real[1:]:
+        real = [d for d in labelled if not _is_soft(flow, labels[d])] or labelled[:1]
+        for d in real[1:] if len(real) > 1 else ():
             flow.space.freeze(labels[d], "two channel dimensions merged by a reshape")
+        for d in set(labelled) - set(real[:1]):
+            flow.space.freeze(labels[d], "merged with channels by a reshape")
         d = real[0]
         vector = labels[d]
         assert vector is not None
@@ -73,6 +75,10 @@ def reshape_labels(
     return result
 
 
+def _is_soft(flow: Flow, vector: Vector | None) -> bool:
+    return vector is not None and flow.space.is_soft(vector)
+
+
 def _one_dimension(
     flow: Flow, element: np.ndarray, dims: list[int], open_dim: int | None
 ) -> tuple[int | None, Vector | None]:
@@ -81,8 +87,6 @@ def _one_dimension(
         return dims[0], element
     varying = [i for i in range(element.ndim) if (element != element.take([0], axis=i)).any()]
     if not varying:
-        if (element == WILD).all():
-            return dims[-1], np.full(element.shape[-1], WILD, np.int64)
         flow.space.freeze(element.ravel(), "one channel spread over a whole dimension")
         return None, None
     keep = next((i for i in varying if dims[i] == open_dim), varying[-1])

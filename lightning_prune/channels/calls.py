@@ -1,0 +1,220 @@
+"""Calls that take sizes as numbers: ``reshape``, ``split``, slices, ``expand``, depthwise groups, attention's scale.
+
+A number in such a call may come from a shape (then it is right in a smaller network by itself) or be hard-coded in
+Python. Each number is a *slot*; the labels say what must stand there: the number of live labels in the slot's vector.
+:func:`slots` finds the vectors during tracing, :func:`read` the numbers in a call, :func:`write` puts others in.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .labels import Labels, Vector
+
+Slot = str
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
+
+_VIEW = {"reshape", "view", "expand", "broadcast_to"}
+_NEW = {"new_zeros", "new_ones", "new_full", "new_empty"}
+_FACTORY = {"zeros", "ones", "full", "empty"}
+_SPLIT = {"split", "split_with_sizes", "chunk", "tensor_split"}
+_INDEX = {"__getitem__", "__setitem__"}
+_CONV = {f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3)}
+_ATTENTION = "scaled_dot_product_attention"
+SIZED = _VIEW | _NEW | _FACTORY | _SPLIT | _INDEX | _CONV | {"narrow", "unflatten", _ATTENTION}
+
+
+@dataclass(frozen=True)
+class SizedCall:
+    """One call with numbers in it.
+
+    Attributes:
+        function: name, e.g. ``"reshape"``.
+        module: the module whose ``forward`` made the call.
+        ordinal: position among the calls of ``function`` during one run of that ``forward``, its submodules' included.
+        where: module and source line.
+        slots: per number, the labels it counts.
+    """
+
+    function: str
+    module: str
+    ordinal: int
+    where: str
+    slots: tuple[tuple[Slot, Vector], ...]
+
+
+def function_name(func: Any) -> str:
+    """Plain name of a torch function or tensor method."""
+    return str(getattr(func, "__name__", ""))
+
+
+def _shape_arguments(name: str, args: Arguments, kwargs: Keywords) -> list[Any] | None:
+    """The sizes given to a view, an expansion or a constant, as one list."""
+    first = 0 if name in _FACTORY else 1
+    if name == "unflatten":
+        given = args[2] if len(args) > 2 else kwargs.get("sizes")
+    elif len(args) > first:
+        given = args[first] if isinstance(args[first], (tuple, list, torch.Size)) else args[first:]
+    else:
+        given = kwargs.get("size", kwargs.get("shape"))
+    if not isinstance(given, (tuple, list, torch.Size)) or not all(isinstance(n, int) for n in given):
+        return None
+    return list(given)
+
+
+def _with_shape(
+    name: str, args: Arguments, kwargs: Keywords, shape: Sequence[int]
+) -> tuple[Arguments, Keywords]:
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("size", "shape", "sizes")}
+    if name == "unflatten":
+        return (args[0], args[1] if len(args) > 1 else kwargs.pop("dim"), tuple(shape)), kwargs
+    if name in ("full", "new_full"):
+        first = 0 if name == "full" else 1
+        return (*args[:first], tuple(shape), *args[first + 1 :]), kwargs
+    return ((tuple(shape),) if name in _FACTORY else (args[0], tuple(shape))), kwargs
+
+
+def _dim(args: Arguments, kwargs: Keywords) -> int:
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    return int(dim) % args[0].dim()
+
+
+def _indexed(args: Arguments) -> list[tuple[int, int, slice]] | None:
+    """``(place in the index, dimension, slice)`` of every slice; None where positions are looked up by tensors."""
+    x, index = args[:2]
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(p, (Tensor, list, np.ndarray)) for p in parts):
+        return None
+    used = sum(p is not None and p is not Ellipsis and not isinstance(p, bool) for p in parts)
+    found, dim = [], 0
+    for place, part in enumerate(parts):
+        if part is Ellipsis:
+            dim += x.dim() - used
+        elif part is not None and not isinstance(part, bool):
+            if isinstance(part, slice):
+                found.append((place, dim, part))
+            dim += 1
+    return found
+
+
+def slots(
+    name: str, args: Arguments, kwargs: Keywords, out: Any, labels: Callable[[Tensor], Labels]
+) -> list[tuple[Slot, Vector]]:
+    """The labels that each number in a call counts; numbers that do not count labels are left out."""
+    result: list[tuple[Slot, Vector | None]] = []
+    if name in _VIEW | _NEW | _FACTORY | {"unflatten"}:
+        shape = _shape_arguments(name, args, kwargs)
+        if shape is not None and isinstance(out, Tensor):
+            first = 0
+            if name == "unflatten":
+                first = int(args[1] if len(args) > 1 else kwargs["dim"]) % args[0].dim()
+            own = labels(out)
+            result = [(str(j), own[first + j]) for j in range(len(shape))]
+    elif name in _SPLIT:
+        dim = _dim(args, kwargs)
+        if labels(args[0])[dim] is not None:
+            parts = [(labels(o)[dim], o.shape[dim]) for o in out]
+            result = [(str(j), np.zeros(n, np.int64) if v is None else v) for j, (v, n) in enumerate(parts)]
+    elif name in _INDEX:
+        for place, dim, part in _indexed(args) or ():
+            vector = labels(args[0])[dim]
+            if vector is not None and part.step in (None, 1):
+                start, stop, _ = part.indices(len(vector))
+                result += [(f"{place}.start", vector[:start]), (f"{place}.stop", vector[: max(start, stop)])]
+    elif name == "narrow":
+        x, dim, start, length = (
+            args[:4] if len(args) > 3 else (args[0], kwargs["dim"], kwargs["start"], kwargs["length"])
+        )
+        vector = labels(x)[dim]
+        if vector is not None and isinstance(start, int):
+            start %= len(vector)
+            result = [("start", vector[:start]), ("length", vector[start : start + length])]
+    elif name in _CONV:
+        x, weight, groups = args[0], args[1], _groups(args, kwargs)
+        channel = 0 if x.dim() == weight.dim() - 1 else 1
+        if groups > 1 and groups == x.shape[channel]:
+            result = [("groups", labels(x)[channel])]
+    elif name == _ATTENTION and labels(args[0])[-1] is not None:
+        # the scale stays that of the dense network: a number that counts no live label
+        result = [("scale", np.zeros(args[0].shape[-1], np.int64))]
+    return [(slot, vector) for slot, vector in result if vector is not None]
+
+
+def _groups(args: Arguments, kwargs: Keywords) -> int:
+    return int(args[6] if len(args) > 6 else kwargs.get("groups", 1))
+
+
+def _split_sizes(name: str, args: Arguments, kwargs: Keywords) -> list[int]:
+    total = args[0].shape[_dim(args, kwargs)]
+    given = (
+        args[1]
+        if len(args) > 1
+        else next(v for k, v in kwargs.items() if k not in ("dim", "self", "input", "tensor"))
+    )
+    if name == "tensor_split":
+        if isinstance(given, int):
+            return [len(part) for part in np.array_split(np.arange(total), given)]
+        cuts = [0, *[int(i) for i in given], total]
+        return [b - a for a, b in itertools.pairwise(cuts)]
+    if isinstance(given, (tuple, list)):
+        return [int(n) for n in given]
+    size = int(given) if name != "chunk" else max(1, -(-total // int(given)))
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+def read(name: str, args: Arguments, kwargs: Keywords, names: Sequence[Slot]) -> dict[Slot, int | None]:
+    """The number in each slot of a call; None where the call leaves it open (``-1``) or does not have it."""
+    if name in _VIEW | _NEW | _FACTORY | {"unflatten"}:
+        shape = _shape_arguments(name, args, kwargs) or []
+        return {s: None if int(s) >= len(shape) or shape[int(s)] == -1 else shape[int(s)] for s in names}
+    if name in _SPLIT:
+        sizes = _split_sizes(name, args, kwargs)
+        return {s: sizes[int(s)] if int(s) < len(sizes) else -1 for s in names}
+    if name in _INDEX:
+        found: dict[Slot, int | None] = {}
+        for place, dim, part in _indexed(args) or ():
+            start, stop, _ = part.indices(args[0].shape[dim])
+            found |= {f"{place}.start": start, f"{place}.stop": max(start, stop)}
+        return {s: found.get(s) for s in names}
+    if name == "narrow":
+        start, length = args[2:4] if len(args) > 3 else (kwargs["start"], kwargs["length"])
+        return {"start": start, "length": length}
+    if name in _CONV:
+        return {"groups": _groups(args, kwargs)}
+    return {"scale": None if kwargs.get("scale") is not None else args[0].shape[-1]}
+
+
+def write(
+    func: Any, name: str, args: Arguments, kwargs: Keywords, values: Mapping[Slot, int]
+) -> tuple[Any, Arguments, Keywords]:
+    """The same call with ``values`` in its slots. A split of any kind becomes one by explicit sizes."""
+    if name in _VIEW | _NEW | _FACTORY | {"unflatten"}:
+        shape = _shape_arguments(name, args, kwargs) or []
+        shape = [n if n == -1 else values.get(str(j), n) for j, n in enumerate(shape)]
+        return func, *_with_shape(name, args, kwargs, shape)
+    if name in _SPLIT:
+        return torch.split, (args[0], [values[str(j)] for j in range(len(values))], _dim(args, kwargs)), {}
+    if name in _INDEX:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        parts = list(index)
+        for place, _, part in _indexed(args) or ():
+            if f"{place}.stop" in values:
+                parts[place] = slice(values[f"{place}.start"], values[f"{place}.stop"], part.step)
+        return func, (args[0], tuple(parts), *args[2:]), kwargs
+    if name == "narrow":
+        dim = args[1] if len(args) > 1 else kwargs["dim"]
+        return func, (args[0], dim, values["start"], values["length"]), {}
+    if name in _CONV:
+        kwargs = {k: v for k, v in kwargs.items() if k != "groups"}
+        if len(args) > 6:
+            return func, (*args[:6], values["groups"], *args[7:]), kwargs
+        return func, args, kwargs | {"groups": values["groups"]}
+    return func, args, kwargs | {"scale": float(values["scale"]) ** -0.5}
