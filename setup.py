@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from shlex import quote
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -83,8 +84,8 @@ class NinjaFile:
         self.lines += [f"build {out}: {rule} {str(source).replace(' ', '$ ')}", f"  extra = {flags}"]
         return out
 
-    def link(self, out: str, objects: list[str], libraries: str) -> None:
-        self.lines += [f"build {out}: link {' '.join(objects)}", f"  libraries = {libraries}"]
+    def link(self, rule: str, out: str, objects: list[str], libraries: str) -> None:
+        self.lines += [f"build {out}: {rule} {' '.join(objects)}", f"  libraries = {libraries}"]
 
     def run(self) -> None:
         self.build_dir.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
     nvcc = find_cuda(torch)
     x86 = platform.machine() in ("x86_64", "AMD64")
     defines = f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}" + (" -DLP_HAVE_X86_LEVELS" if x86 else "")
-    torch_flags = f"-isystem {torch_dir}/include -I{CSRC}/include -I{CSRC}/kernels/cpu"
+    torch_flags = f"-isystem {quote(f'{torch_dir}/include')} -I{quote(f'{CSRC}/include')} -I{quote(f'{CSRC}/kernels/cpu')}"
     cuda_flag = " -DUSE_CUDA" if nvcc else ""
     info = [
         f'-DLP_TORCH_VERSION=\\"{torch.__version__}\\"',
@@ -121,8 +122,10 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
         f"-ffp-contract=fast -Wall {defines} $extra -c $in -o $out",
         deps=True,
     )
-    linker = f"{nvcc} -shared -cudart static" if nvcc else f"{compiler()} -shared"
-    ninja.rule("link", f"{linker} $in -o $out $libraries", deps=False)
+    # -z defs: a missing symbol fails here and not at import.
+    link = f"{nvcc} -shared -cudart static -Xlinker -z,defs" if nvcc else f"{compiler()} -shared -Wl,-z,defs"
+    ninja.rule("link", f"{link} $in -o $out $libraries", deps=False)
+    ninja.rule("link_python", f"{compiler()} -shared $in -o $out $libraries", deps=False)
 
     kernels = [
         ninja.compile("cxx", CSRC / "kernels/cpu" / f"{name}.cpp")
@@ -138,7 +141,7 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
         ninja.compile("cxx", source, torch_flags + cuda_flag)
         for source in sorted((CSRC / "ops").glob("*.cpp"))
     ]
-    libraries = f"-L{torch_dir}/lib -ltorch_cpu -ltorch -lc10"
+    libraries = f"-L{quote(f'{torch_dir}/lib')} -ltorch_cpu -ltorch -lc10"
     if nvcc:
         archs = " ".join(f"-gencode=arch={arch}" for arch in CUDA_ARCHS)
         ninja.rule(
@@ -147,19 +150,13 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
             deps=True,
         )
         kernels += [ninja.compile("nvcc", source) for source in sorted((CSRC / "kernels/cuda").glob("*.cu"))]
-        # torch_cuda has the stream; the static runtime keeps the library independent of a second libcudart.
-        libraries += (
-            f" -ltorch_cuda -L{Path(nvcc).resolve().parents[1]}/lib64 -lcudart_static -ldl -lrt -lpthread"
-        )
-    ninja.link(outputs["_C"], [*kernels, level, *bindings], libraries)
-    includes = (
-        f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']} -fvisibility=hidden"
+        libraries += " -ltorch_cuda"  # for the current stream; nvcc adds its static runtime itself
+    ninja.link("link", outputs["_C"], [*kernels, level, *bindings], libraries)
+    python_flags = (
+        f"-isystem {quote(pybind11.get_include())} -isystem {quote(sysconfig.get_paths()['include'])}"
     )
-    ninja.link(
-        outputs["_build_info"],
-        [ninja.compile("cxx", CSRC / "build_info.cpp", f"{includes} {' '.join(info)}"), level],
-        "",
-    )
+    info_object = ninja.compile("cxx", CSRC / "build_info.cpp", f"{python_flags} {' '.join(info)}")
+    ninja.link("link_python", outputs["_build_info"], [info_object, level], "")
     return ninja
 
 
