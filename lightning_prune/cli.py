@@ -108,9 +108,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from .info import main as info_main
+    from .info import collect, render
 
-    return int(info_main() or 0)
+    print(render(collect()))
+    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
