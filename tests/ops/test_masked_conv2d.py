@@ -242,3 +242,46 @@ def test_compiles_without_graph_breaks(target: torch.device) -> None:
     (expected,) = torch.autograd.grad(step(x), weight)
     (actual,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(x), weight)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "size", "batch", "kernel", "stride", "groups"),
+    [
+        (37, 41, 60, 3, 3, 1, 1),  # several bands per image
+        (3, 19, 130, 1, 7, 2, 1),  # wide rows
+        (260, 50, 7, 9, 3, 1, 1),  # several images per task
+        (70, 70, 61, 2, 3, 2, 70),  # depthwise over chunks and bands
+        (48, 33, 40, 2, 1, 2, 1),  # strided 1x1
+    ],
+)
+def test_maps_larger_than_one_task(
+    target: torch.device,
+    channels: int,
+    outputs: int,
+    size: int,
+    batch: int,
+    kernel: int,
+    stride: int,
+    groups: int,
+) -> None:
+    x = torch.randn(batch, channels, size, size - 3, device=target, requires_grad=True)
+    weight = torch.randn(outputs, channels // groups, kernel, kernel, device=target, requires_grad=True)
+    live_out = torch.arange(0, outputs, 2, device=target)
+    settings_ = ([stride, stride], [kernel // 2, kernel // 2], [1, 1], groups, "relu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        y = OP.masked_conv2d(x, weight, None, None, None, live_out, *settings_)
+        grad_y = torch.randn_like(y)
+        grads = torch.autograd.grad(y, (x, weight), grad_y)
+    finally:
+        torch.set_num_threads(before)
+    wide = [x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
+    expected = reference.masked_conv2d(*wide, None, None, None, live_out, *settings_)
+    # The reference's own sign at values that float32 rounds to the other side of zero would be another gradient.
+    mask = (y > 0).double()
+    linear = reference.masked_conv2d(*wide, None, None, None, live_out, *settings_[:-1], "none")
+    expected_grads = torch.autograd.grad(linear, wide, grad_y.double() * mask)
+    assert error(y, expected) < TOLERANCE[torch.float32]
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert error(grad, wanted) < TOLERANCE[torch.float32]
