@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .compaction import CompactionPlan
 from .cost import METRICS
 from .criteria import CRITERIA
+from .gates import LEARNED
 from .scope import Patterns, check_patterns
-
-#: methods that learn gates during the fit; all other methods are criteria that rank the weights once
-LEARNED = ("l1",)
 
 
 def methods() -> tuple[str, ...]:
@@ -72,8 +71,7 @@ class PruneConfig:
     sphere: bool
     gate_lr: float | None
     snap_threshold: float
-    monitor: str | None
-    patience: int
+    method_options: Mapping[str, Any]
     seed: int
 
     def __post_init__(self) -> None:
@@ -87,7 +85,6 @@ class PruneConfig:
         check_positive("round_to", self.round_to)
         check_positive("min_channels", self.min_channels)
         check_positive("alternate_every_n_steps", self.alternate_every_n_steps, least=0)
-        check_positive("patience", self.patience)
         check_number("weight_l1", self.weight_l1)
         check_number("weight_l2", self.weight_l2)
         check_number("snap_threshold", self.snap_threshold)

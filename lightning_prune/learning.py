@@ -12,7 +12,7 @@ from .budget import PenaltyController, ramped_target
 from .channels.groups import ChannelGraph, Mask
 from .config import PruneConfig
 from .cost import CostModel
-from .gates import GateHooks, L1Gates
+from .gates import LEARNED
 
 #: how strongly a channel's price weighs in its penalty
 PRICE_EXPONENT = 0.5
@@ -49,15 +49,14 @@ class MaskLearner:
         steps: int,
     ) -> None:
         device = next(model.parameters()).device
-        free = ~protected
-        for group in graph.groups:
-            if not group.gateable:
-                free[group.ids] = False
         self.graph, self.cost, self.config, self.steps = graph, cost, config, max(steps, 1)
         lr = config.gate_lr if config.gate_lr is not None else default_gate_lr(steps)
-        self.gates = L1Gates(torch.from_numpy(free).to(device), lr, config.snap_threshold)
+        kind = LEARNED[config.method]
+        self.gates = kind(
+            model, graph, torch.from_numpy(~protected).to(device), lr, config.snap_threshold, self.steps,
+            **config.method_options,
+        )  # fmt: skip
         self.controller = PenaltyController(lr=10.0 / self.steps)
-        self.hooks = GateHooks(model, graph, self.gates.multipliers)
         self.done = 0
         self.strength = 0.0
         self._group_of = graph.group_of()
@@ -84,22 +83,24 @@ class MaskLearner:
     def step(self) -> bool:
         """One step on the gradients present; returns whether channels died."""
         if self.alternating_on_weights():
-            self.gates.values.grad = None
+            for parameter in self.gates.parameters():
+                parameter.grad = None
             self.done += 1
             return False
-        gates, dense = self.gates, self.cost.dense
-        mask = self.mask()
+        gates, dense, mask = self.gates, self.cost.dense, self.mask()
+        if not gates.penalised:
+            gates.update(torch.zeros(len(mask), device=gates.dead.device))
+            self.done += 1
+            return False
         aim = ramped_target(self.config.target, self.done / self.steps)
-        # gates on their way out count in part, or the controller would overshoot by everything in flight
-        values = gates.saliency().cpu().numpy().astype(np.float64)
-        in_flight = np.where(mask, np.clip(values / 0.5, 0.0, 1.0), 0.0)
-        cost = 0.5 * (self.cost.cost(in_flight) + self.cost.cost(mask)) / dense
+        presence = gates.presence().cpu().numpy().astype(np.float64)
+        cost = 0.5 * (self.cost.cost(presence) + self.cost.cost(mask)) / dense
         self.strength = self.controller.step(cost, aim)
         price = self.cost.marginal(mask.astype(np.float64)) * self._live_share(mask)
         free = self.trainable & mask
         mean = price[free].mean() if free.any() else 1.0
         relative = np.clip((price / max(mean, 1e-30)) ** PRICE_EXPONENT, 0.1, 10.0)
-        gates.update(torch.from_numpy(self.strength * relative).to(gates.values))
+        gates.update(torch.from_numpy(self.strength * relative).float().to(gates.dead.device))
         self.done += 1
         return self._snap(mask)
 
@@ -124,7 +125,7 @@ class MaskLearner:
             counts[group] -= 1
             chosen.append(channel)
         if chosen:
-            self.gates.snap(torch.tensor(chosen, device=self.gates.values.device))
+            self.gates.snap(torch.tensor(chosen, device=self.gates.dead.device))
         return bool(chosen)
 
     def saliency(self) -> np.ndarray:
@@ -134,21 +135,16 @@ class MaskLearner:
 
     def gates_by_group(self) -> dict[str, list[float]]:
         """Gate values per group."""
-        values = self.gates.values.detach().cpu()
+        values = self.gates.multipliers(training=False).detach().cpu()
         return {g.name: [round(v, 6) for v in values[g.ids].tolist()] for g in self.graph.groups}
 
-    def reduce_gradient(self, reduce: Any) -> None:
-        """Average the gates' gradient over ranks with ``reduce(tensor) -> tensor``; a rank without one counts as zero."""
-        grad = self.gates.values.grad
-        self.gates.values.grad = reduce(torch.zeros_like(self.gates.values) if grad is None else grad)
-
     def unscale(self, scale: Tensor | float) -> None:
-        """Divide the gradient by a loss scaler's factor; a gradient that overflowed is dropped."""
-        grad = self.gates.values.grad
-        if grad is not None:
-            grad.div_(scale)
-            if not torch.isfinite(grad).all():
-                self.gates.values.grad = None
+        """Divide the gradients by a loss scaler's factor; gradients that overflowed are dropped."""
+        for parameter in self.gates.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
+                if not torch.isfinite(parameter.grad).all():
+                    parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed fit needs."""

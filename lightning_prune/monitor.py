@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from .config import check_positive
+
 
 class Plateau:
     """Watches a logged metric; on a plateau when it has not improved for ``patience`` epochs.
@@ -15,6 +17,7 @@ class Plateau:
     """
 
     def __init__(self, monitor: str | None, patience: int) -> None:
+        check_positive("patience", patience)
         self.monitor = monitor
         self.patience = patience
         self.best: float | None = None

@@ -1,10 +1,19 @@
-"""Learned gates: one number per channel, trained beside the network and never registered in it.
+"""Learned methods: one saliency per channel, learned or measured while the network trains.
 
-``attach`` hangs gates on the consumers' weights for the duration of each forward call; every other file is one kind of
-gate. Gates own their optimizer, so the user's optimizer, weight decay and schedules never see them.
+``base`` is the interface, ``attach`` hangs gates on the consumers for the duration of each forward call; every other file
+holds one kind. Gates own their optimizer and are never registered in the user's module, so that its optimizer, weight decay
+and schedules never see them. A new method subclasses :class:`Gates` and registers itself with :func:`learned`.
 """
 
 from .attach import GateHooks
+from .base import LEARNED, Gates, learned
+from .l0 import L0Gates
 from .l1 import L1Gates
+from .measured import APoZGates, OBDGates, TaylorGates
+from .slimming import SlimmingGates
+from .vib import VIBGates
 
-__all__ = ["GateHooks", "L1Gates"]
+__all__ = [
+    "LEARNED", "APoZGates", "GateHooks", "Gates", "L0Gates", "L1Gates", "OBDGates", "SlimmingGates", "TaylorGates",
+    "VIBGates", "learned",
+]  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from ..channels.groups import ChannelGraph
@@ -52,11 +53,39 @@ def consumer_sites(graph: ChannelGraph) -> list[Site]:
     return [Site(tensor, dim, torch.from_numpy(columns)) for (tensor, dim), columns in index.items()]
 
 
-class GateHooks:
-    """Applies ``multipliers()`` (a tensor of shape [num_channels]) to every consumer weight while attached."""
+def consumer_channels(graph: ChannelGraph) -> Tensor:
+    """Channels that can be gated, bool of shape [num_channels]."""
+    found = torch.zeros(graph.num_channels, dtype=torch.bool)
+    for group in graph.groups:
+        found[group.ids] = group.gateable
+    return found
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, multipliers: Callable[[], Tensor]) -> None:
+
+def consumer_modules(model: nn.Module, graph: ChannelGraph) -> dict[nn.Module, tuple[int, Tensor]]:
+    """Convolutions and linear layers that read gateable channels: input dimension, and channel of each position (or -1)."""
+    parameters = dict(model.named_parameters())
+    sites = {id(parameters[site.tensor]): site for site in consumer_sites(graph)}
+    found: dict[nn.Module, tuple[int, Tensor]] = {}
+    for module in model.modules():
+        site = sites.get(id(module._parameters.get("weight")))
+        if site is None:
+            continue
+        if isinstance(module, nn.Linear):
+            found[module] = (-1, site.index.to(module.weight.device))
+        elif isinstance(module, _ConvNd):
+            spatial = len(module.kernel_size)
+            groups = 1 if module.transposed else module.groups
+            found[module] = (-1 - spatial, site.index.repeat(groups).to(module.weight.device))
+    return found
+
+
+class GateHooks:
+    """Applies ``multipliers(training)`` (a tensor of shape [num_channels]) to every consumer while attached."""
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, multipliers: Callable[[bool], Tensor]) -> None:
         self._multipliers = multipliers
+        self._samples: Callable[[int], Tensor] | None = None
+        self._inputs = consumer_modules(model, graph)
         self._sites: dict[nn.Module, list[tuple[str, Site]]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
         parameters = dict(model.named_parameters())
@@ -71,8 +100,13 @@ class GateHooks:
         """Whether the hooks are in place."""
         return bool(self._handles)
 
-    def attach(self) -> None:
-        """Register the hooks (once)."""
+    def attach(self, per_sample: Callable[[int], Tensor] | None = None) -> None:
+        """Register the hooks (once).
+
+        With ``per_sample`` (batch size -> [batch, num_channels]) convolutions and linear layers in training mode have
+        their inputs multiplied, sample by sample, instead of their weights.
+        """
+        self._samples = per_sample
         if not self.attached:
             for module in self._sites:
                 self._handles.append(module.register_forward_pre_hook(self._shadow))
@@ -87,12 +121,21 @@ class GateHooks:
         for module in self._sites:
             self._restore(module)
 
-    def _shadow(self, module: nn.Module, args: Any) -> None:
-        multipliers = self._multipliers()
+    def _shadow(self, module: nn.Module, args: Any) -> Any:
+        if self._samples is not None and module.training and module in self._inputs:
+            x, *rest = args
+            dim, index = self._inputs[module]
+            draws = self._samples(x.shape[0])
+            padded = torch.cat([draws, draws.new_ones(len(draws), 1)], dim=1)[:, index]
+            shape = [1] * x.dim()
+            shape[0], shape[dim] = x.shape[0], -1
+            return (x * padded.view(shape).to(x.dtype), *rest)
+        multipliers = self._multipliers(module.training)
         for attribute, site in self._sites[module]:
             weight = module.__dict__.get(attribute, module._parameters[attribute])
             assert weight is not None
             module.__dict__[attribute] = weight * site.scale(multipliers, weight.dim()).to(weight.dtype)
+        return None
 
     def _restore(self, module: nn.Module, *unused: Any) -> None:
         for attribute, _ in self._sites[module]:

@@ -29,8 +29,8 @@ def main(devices: int, folder: str) -> None:
     class Watch(Callback):
         def on_train_batch_end(self, *unused: object) -> None:
             steps.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
-            if callback._learner is not None:
-                gates.append(callback._learner.gates.values.detach().clone())
+            if callback._fit.learner is not None:
+                gates.append(callback._fit.learner.gates.values.detach().clone())
 
     options = {"strategy": "ddp", "devices": devices, "use_distributed_sampler": False} if devices > 1 else {}
     fit = trainer([callback, Watch()], 5, **options)

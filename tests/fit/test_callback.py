@@ -90,12 +90,12 @@ def test_gates_die_during_learning_and_dead_channels_stay_dead() -> None:
         seen = 0
 
         def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            mask = callback._mask()
-            for group in callback._graph.groups:
+            mask = callback._fit.mask()
+            for group in callback._fit.graph.groups:
                 gone = [i for i in range(group.size) if not mask[group.start + i]]
                 for member in group.members:
                     if gone and not member.tensor.endswith("running_var"):
-                        tensor = callback._keeper._tensors[member.tensor]
+                        tensor = callback._fit.keeper._tensors[member.tensor]
                         index = torch.from_numpy(member.index[gone].ravel())
                         assert not tensor.index_select(member.dim, index).any(), member.tensor
                         type(self).seen += 1
@@ -182,12 +182,12 @@ def test_push_pull_moves_either_weights_or_gates() -> None:
 
     class Watch(pl.Callback):
         def state(self, module: pl.LightningModule) -> tuple[torch.Tensor, torch.Tensor]:
-            return flat(module), callback._learner.gates.values.detach().clone()
+            return flat(module), callback._fit.learner.gates.values.detach().clone()
 
         def on_train_batch_start(
             self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any
         ) -> None:
-            self.before = self.state(pl_module) if callback._learner else None
+            self.before = self.state(pl_module) if callback._fit.learner else None
 
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
             if self.before:
@@ -205,7 +205,7 @@ def test_sphere_keeps_every_filter_on_its_radius() -> None:
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
-            if callback._learner is not None:
+            if callback._fit.learner is not None:
                 norms.append(pl_module.net.conv1.weight.detach().flatten(1).norm(dim=1))
 
     toy_fit([callback, Watch()], max_epochs=4)
@@ -217,15 +217,13 @@ def test_sphere_keeps_every_filter_on_its_radius() -> None:
 def test_gradient_accumulation_steps_the_gates_with_the_optimizer() -> None:
     callback = pruner(warmup_epochs=0, learn_epochs=2, finetune_epochs=0)
     steps = []
-    original = ChannelPruning._select
 
-    def record(self: ChannelPruning, module: pl.LightningModule) -> None:
-        steps.append(self._learner.done)
-        original(self, module)
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *unused: Any) -> None:
+            steps.append(callback._fit.learner.done)
 
-    callback._select = record.__get__(callback)
-    toy_fit([callback], max_epochs=2, accumulate_grad_batches=3)
-    assert steps == [4]
+    toy_fit([callback, Watch()], max_epochs=2, accumulate_grad_batches=3)
+    assert steps == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
 
 
 def test_bf16_mixed_precision() -> None:
@@ -319,9 +317,9 @@ def test_validation_uses_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     shadowed = []
     original = GateHooks._shadow
 
-    def spy(self: GateHooks, module: torch.nn.Module, args: Any) -> None:
+    def spy(self: GateHooks, module: torch.nn.Module, args: Any) -> Any:
         shadowed.append(module.training)
-        original(self, module, args)
+        return original(self, module, args)
 
     monkeypatch.setattr(GateHooks, "_shadow", spy)
     toy_fit([pruner()])

@@ -45,7 +45,7 @@ def test_gated_weights_equal_gated_activations_and_so_do_their_gradients() -> No
     net, x = Branches().double(), torch.randn(3, 2, 2, 2, dtype=torch.float64)
     graph = trace_channels(net, x)
     gates = torch.rand(graph.num_channels, dtype=torch.float64, requires_grad=True)
-    hooks = GateHooks(net, graph, lambda: gates)
+    hooks = GateHooks(net, graph, lambda training: gates)
     hooks.attach()
     gated = net(x)
     (gradient,) = torch.autograd.grad(gated.square().sum(), gates)
@@ -73,7 +73,7 @@ def test_folding_is_exact() -> None:
     net, x = Branches().double().eval(), torch.randn(3, 2, 2, 2, dtype=torch.float64)
     graph = trace_channels(net, x)
     gates = torch.rand(graph.num_channels, dtype=torch.float64)
-    hooks = GateHooks(net, graph, lambda: gates)
+    hooks = GateHooks(net, graph, lambda training: gates)
     hooks.attach()
     expected = net(x)
     hooks.detach()
@@ -85,7 +85,7 @@ def test_a_forward_that_raises_leaves_no_gated_weight() -> None:
     net, x = ToyNet(), toy_data(2).tensors[0]
     graph = trace_channels(net, x)
     gates = torch.ones(graph.num_channels, requires_grad=True)
-    hooks = GateHooks(net, graph, lambda: gates)
+    hooks = GateHooks(net, graph, lambda training: gates)
     hooks.attach()
     with pytest.raises(RuntimeError):
         net.conv2(torch.zeros(1, 5, 6, 6))
@@ -93,12 +93,19 @@ def test_a_forward_that_raises_leaves_no_gated_weight() -> None:
     assert isinstance(net.conv2.weight, nn.Parameter)
 
 
+def l1_gates(channels: int, lr: float, snap_threshold: float = 0.0) -> L1Gates:
+    """Gates on the hidden channels of a two-layer network."""
+    net = nn.Sequential(nn.Linear(2, channels), nn.ReLU(), nn.Linear(channels, 2))
+    graph = trace_channels(net, torch.zeros(1, 2))
+    return L1Gates(net, graph, torch.ones(channels, dtype=torch.bool), lr, snap_threshold)
+
+
 @given(st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_proximal_step_is_the_minimiser(seed: int) -> None:
     """prox of t|b| at v minimises (b - v)^2 / 2 + t|b|: compared with a fine grid."""
     generator = torch.Generator().manual_seed(seed)
-    gates = L1Gates(torch.ones(8, dtype=torch.bool), lr=0.1, snap_threshold=0.0)
+    gates = l1_gates(8, lr=0.1)
     with torch.no_grad():
         gates.values.copy_(torch.randn(8, generator=generator))
     gates.values.grad = torch.zeros(8)  # Adam does not move on a zero gradient: only the penalty acts
@@ -112,7 +119,8 @@ def test_proximal_step_is_the_minimiser(seed: int) -> None:
 
 
 def test_gates_reach_exact_zero_and_snapped_ones_never_move() -> None:
-    gates = L1Gates(torch.tensor([True, True, False, True]), lr=0.1, snap_threshold=0.05)
+    gates = l1_gates(4, lr=0.1, snap_threshold=0.05)
+    gates.trainable[2] = False
     target = torch.tensor([0.0, 2.0, 5.0, 0.0])
     gates.snap(torch.tensor([3]))
     for _ in range(400):
@@ -128,7 +136,7 @@ def test_gates_reach_exact_zero_and_snapped_ones_never_move() -> None:
 def test_gates_do_not_depend_on_the_scale_of_the_loss() -> None:
     ends = []
     for scale in (0.1, 1.0, 10.0):
-        gates = L1Gates(torch.ones(6, dtype=torch.bool), lr=0.05, snap_threshold=0.0)
+        gates = l1_gates(6, lr=0.05)
         generator = torch.Generator().manual_seed(0)
         for _ in range(100):
             gates.values.grad = scale * (torch.randn(6, generator=generator) - torch.arange(6) / 3)

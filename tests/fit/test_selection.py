@@ -166,7 +166,7 @@ def config(**options: object) -> PruneConfig:
         "target": 0.5, "metric": "macs", "method": "l1", "plan": None, "warmup_epochs": None, "learn_epochs": None,
         "finetune_epochs": None, "include": None, "exclude": None, "prune_streams": False, "round_to": 1,
         "min_channels": 1, "alternate_every_n_steps": 0, "weight_l1": 0.0, "weight_l2": 0.0, "sphere": False,
-        "gate_lr": None, "snap_threshold": 0.02, "monitor": None, "patience": 5, "seed": 0,
+        "gate_lr": None, "snap_threshold": 0.02, "method_options": {}, "seed": 0,
     }  # fmt: skip
     return PruneConfig(**(base | options))  # type: ignore[arg-type]
 

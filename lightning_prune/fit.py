@@ -1,0 +1,196 @@
+"""One fit with pruning, independent of the trainer: what the callback's hooks do when they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .channels import trace_channels
+from .channels.groups import Mask
+from .compaction import CompactionPlan, compact, mask_channels, max_relative_error
+from .config import PruneConfig
+from .cost import CostModel
+from .criteria import saliency
+from .inputs import ExampleInputs, to_model
+from .learning import MaskLearner
+from .outcome import PruneReport
+from .scope import protected_channels
+from .selection import select_channels
+from .weights import WeightKeeper
+
+
+class PruningFit:
+    """State of one fit: the traced graph, the learner while learning, the plan once channels are selected.
+
+    Args:
+        config: validated arguments.
+        model: the network; traced here, changed only by the methods that say so.
+        inputs: example inputs for its ``forward``.
+
+    Raises:
+        TraceError: ``forward`` fails on the inputs, or there is nothing to prune.
+        PlanError: the given plan was made for another model.
+        BudgetError: the target cannot be reached.
+    """
+
+    def __init__(self, config: PruneConfig, model: nn.Module, inputs: ExampleInputs) -> None:
+        self.config, self.inputs = config, inputs
+        self.graph = trace_channels(model, inputs)
+        self.macs, self.params = CostModel(self.graph, "macs"), CostModel(self.graph, "params")
+        self.cost = self.params if config.metric == "params" else self.macs
+        self.plan: CompactionPlan | None = None
+        self.learner: MaskLearner | None = None
+        self.keeper: WeightKeeper | None = None
+        self._protected = np.zeros(self.graph.num_channels, dtype=bool)
+        if config.plan is not None:
+            config.plan.check_model(self.graph.tensors)
+            config.plan.mask(self.graph)
+        else:
+            self._protected = protected_channels(
+                self.graph, config.include, config.exclude, config.prune_streams
+            )
+            self._choose(
+                np.ones(self.graph.num_channels)
+            )  # an unreachable budget shows now, not after learning
+
+    def _choose(self, values: np.ndarray, eligible: Mask | None = None) -> Mask:
+        return select_channels(
+            self.graph,
+            values,
+            self.cost,
+            self.config.target,
+            min_channels=self.config.min_channels,
+            round_to=self.config.round_to,
+            eligible=eligible,
+            protected=self._protected,
+        )
+
+    # ---- phases ----------------------------------------------------------------------------------------------------
+
+    def begin(self, model: nn.Module, state: Mapping[str, Any], learn_steps: int) -> None:
+        """The model is on its device: take up a checkpoint's ``state`` (empty: none), or hold the given plan."""
+        self.keeper = WeightKeeper(model, self.graph)
+        if state.get("plan") is not None:
+            self.hold(CompactionPlan.from_json(state["plan"], "the checkpoint"))
+        elif state.get("learner") is not None:
+            learner = self.start_learning(model, learn_steps)
+            learner.load_state_dict(state["learner"])
+            if self.config.sphere:
+                self.keeper.remember_radii_as(state["radii"])
+            self.keeper.set_mask(learner.mask())
+        elif self.config.plan is not None:
+            self.hold(self.config.plan)
+
+    def start_learning(self, model: nn.Module, steps: int) -> MaskLearner:
+        """Hang the gates on the model."""
+        assert self.keeper is not None
+        self.learner = MaskLearner(model, self.graph, self.cost, self.config, self._protected, steps)
+        self.learner.gates.attach()
+        if self.config.sphere:
+            self.keeper.remember_radii()
+        return self.learner
+
+    def select(self, model: nn.Module) -> None:
+        """The last word: a hard selection that meets the budget; gates are folded into the weights and gone."""
+        assert self.keeper is not None
+        if self.learner is not None:
+            mask = self._choose(self.learner.saliency(), self.learner.mask())
+            self.learner.gates.detach()
+            self.keeper.fold(self.learner.gates.final())
+            self.learner = None
+        else:
+            mask = self._choose(saliency(self.config.method, model, self.graph, self.config.seed))
+        self.hold(CompactionPlan.from_mask(self.graph, mask))
+
+    def hold(self, plan: CompactionPlan) -> None:
+        """From now on the removed channels are exactly zero."""
+        assert self.keeper is not None
+        self.plan = plan
+        self.keeper.set_mask(plan.mask(self.graph))
+        self.keeper.zero_dead()
+
+    def compact(self, model: nn.Module) -> tuple[nn.Module, PruneReport]:
+        """The smaller copy of ``model``, proven equal, and the report. Only after :meth:`select` or :meth:`hold`."""
+        assert self.plan is not None
+        inputs = to_model(self.inputs, model)
+        smaller = compact(model, inputs, self.plan).eval()
+        error = max_relative_error(mask_channels(model, inputs, self.plan), smaller, inputs)
+        return smaller, PruneReport.of(self.graph, self.plan, error)
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def before_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        gates_too: bool,
+        reduce: Callable[[Tensor], Tensor],
+        loss_scale: float,
+    ) -> None:
+        """Gradients are complete: penalise the weights and, once per step, move the gates."""
+        learner, keeper = self.learner, self.keeper
+        assert learner is not None
+        assert keeper is not None
+        keeper.penalise(optimizer, self.config.weight_l1, self.config.weight_l2)
+        if gates_too:
+            self._freeze_weights = learner.alternating_on_gates()
+            learner.gates.synchronise(reduce)
+            learner.unscale(loss_scale)
+            if learner.step():
+                keeper.set_mask(learner.mask())
+        if self._freeze_weights:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    _freeze_weights = False
+
+    def after_step(self) -> None:
+        """The optimizer has moved the weights: dead ones back to zero, filters back to their sphere."""
+        if self.keeper is not None:
+            if self.learner is not None and self.config.sphere:
+                self.keeper.project_to_sphere()
+            self.keeper.zero_dead()
+
+    # ---- records ---------------------------------------------------------------------------------------------------
+
+    def mask(self) -> Mask:
+        """Live channels at present."""
+        if self.plan is not None:
+            return self.plan.mask(self.graph)
+        return (
+            self.learner.mask() if self.learner is not None else np.ones(self.graph.num_channels, dtype=bool)
+        )
+
+    def record(self) -> dict[str, float]:
+        """Present cost, live channels and penalty strength."""
+        mask = self.mask()
+        return {
+            "macs": self.macs.cost(mask),
+            "params": self.params.cost(mask),
+            "live_channels": int(mask.sum()),
+            "lambda": self.learner.strength if self.learner is not None else 0.0,
+        }
+
+    def gates(self) -> dict[str, list[float]]:
+        """Gate values per group: learned while learning, else 0 and 1."""
+        if self.learner is not None:
+            return self.learner.gates_by_group()
+        mask = self.mask()
+        return {g.name: mask[g.ids].astype(float).tolist() for g in self.graph.groups}
+
+    def report(self) -> PruneReport | None:
+        """Sizes, once channels are selected."""
+        return PruneReport.of(self.graph, self.plan) if self.plan is not None else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed fit needs."""
+        return {
+            "plan": self.plan.to_json() if self.plan is not None else None,
+            "learner": self.learner.state_dict() if self.learner is not None else None,
+            "radii": self.keeper.radii() if self.keeper is not None else [],
+        }
