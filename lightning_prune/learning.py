@@ -50,8 +50,8 @@ class MaskLearner:
     ) -> None:
         device = next(model.parameters()).device
         self.graph, self.cost, self.config, self.steps = graph, cost, config, max(steps, 1)
-        lr = config.gate_lr if config.gate_lr is not None else default_gate_lr(steps)
         kind = LEARNED[config.method]
+        lr = config.gate_lr if config.gate_lr is not None else kind.span * default_gate_lr(steps)
         self.gates = kind(
             model, graph, torch.from_numpy(~protected).to(device), lr, config.snap_threshold, self.steps,
             **config.method_options,
@@ -94,7 +94,10 @@ class MaskLearner:
             return False
         aim = ramped_target(self.config.target, self.done / self.steps)
         presence = gates.presence().cpu().numpy().astype(np.float64)
-        cost = 0.5 * (self.cost.cost(presence) + self.cost.cost(mask)) / dense
+        # early on what is on its way out counts in part, or everything in flight would overshoot; in the end only what
+        # is really gone counts
+        progress = min(1.0, self.done / self.steps)
+        cost = ((1 - progress) * self.cost.cost(presence) + progress * self.cost.cost(mask)) / dense
         self.strength = self.controller.step(cost, aim)
         price = self.cost.marginal(mask.astype(np.float64)) * self._live_share(mask)
         free = self.trainable & mask

@@ -4,7 +4,7 @@ Every criterion is a function ``(model, graph, seed) -> saliency`` of shape [gra
 selector in ``budget`` turns any saliency into a mask that meets a budget.
 """
 
-from . import baselines, magnitude  # noqa: F401  (register themselves)
+from . import baselines, fpgm, magnitude  # noqa: F401  (they register themselves)
 from .base import CRITERIA, Criterion, criterion, saliency
 
 __all__ = ["CRITERIA", "Criterion", "criterion", "saliency"]

@@ -43,6 +43,8 @@ class Gates(ABC):
     """
 
     name: ClassVar[str] = ""
+    #: how far a parameter travels from its start to where its channel is gone; scales the default learning rate
+    span: ClassVar[float] = 1.0
     #: whether a penalty drives channels to zero (otherwise the method only measures)
     penalised: ClassVar[bool] = True
 

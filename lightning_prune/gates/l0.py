@@ -37,7 +37,7 @@ class L0Gates(Gates):
         graph: see :class:`Gates`.
         trainable: see :class:`Gates`.
         lr: see :class:`Gates`.
-        snap_threshold: on ``P(z != 0)``.
+        snap_threshold: on the deterministic gate, which is exactly 0 where ``P(z != 0) < 0.31``.
         steps: see :class:`Gates`; length of the annealing.
         init: starting ``log alpha``; about 2.5, since starting low ruins a trained network.
         beta: temperature at the start.
@@ -50,6 +50,8 @@ class L0Gates(Gates):
         binary: fold ``log alpha >= 0`` as 1 instead of the deterministic gate's value.
         seed: of the noise.
     """
+
+    span = 5.0
 
     def __init__(
         self,
@@ -124,6 +126,12 @@ class L0Gates(Gates):
     def saliency(self) -> Tensor:
         """``P(z != 0)``."""
         return torch.where(self.dead, 0.0, probability_nonzero(self.log_alpha().detach(), self.beta))
+
+    def candidates(self) -> Tensor:
+        """Channels whose deterministic gate is at or under the threshold, least probable first."""
+        gates = self.multipliers(training=False).detach()
+        ids = (self.trainable & ~self.dead & (gates <= self.snap_threshold)).nonzero().squeeze(1)
+        return ids[torch.argsort(self.saliency()[ids], stable=True)]
 
     def presence(self) -> Tensor:
         """``P(z != 0)``: the controller sees the expected cost."""
