@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .calls import INDEXED, SHAPED
 from .flow import Flow
 from .groups import Axis, ChannelGraph, ChannelGroup, Member, OutputSlices, Role, SizeRule, Term
 from .labels import FIXED, Freeze, Labels, Vector
@@ -172,6 +173,9 @@ def _size_rules(flow: Flow, ids: Vector) -> tuple[SizeRule, ...]:
     for i in sorted(flow.hard):
         call = flow.calls[i]
         sizes = tuple((slot, _axis(ids, vector)) for slot, vector in call.slots)
+        if call.function in SHAPED | INDEXED:  # batch and spatial sizes are not ours to fix
+            wrong = {slot.partition(".")[0] for slot in flow.hard[i]}
+            sizes = tuple((slot, axis) for slot, axis in sizes if slot.partition(".")[0] in wrong)
         key = (call.module, call.function, call.ordinal)
         rules.setdefault(key, SizeRule(*key, sizes))
     return tuple(rules.values())

@@ -26,10 +26,13 @@ _VIEW = {"reshape", "view", "expand", "broadcast_to"}
 _NEW = {"new_zeros", "new_ones", "new_full", "new_empty"}
 _FACTORY = {"zeros", "ones", "full", "empty"}
 _SPLIT = {"split", "split_with_sizes", "chunk", "tensor_split"}
-_INDEX = {"__getitem__", "__setitem__"}
+INDEXED = {"__getitem__", "__setitem__"}
 _CONV = {f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3)}
-_ATTENTION = "scaled_dot_product_attention"
-SIZED = _VIEW | _NEW | _FACTORY | _SPLIT | _INDEX | _CONV | {"narrow", "unflatten", _ATTENTION}
+_INTEGER = (int, torch.SymInt)  # symbolic while a network is exported with dynamic sizes
+ATTENTION = "scaled_dot_product_attention"
+#: calls that take a whole shape
+SHAPED = _VIEW | _NEW | _FACTORY | {"unflatten"}
+SIZED = SHAPED | _SPLIT | INDEXED | _CONV | {"narrow", ATTENTION}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class SizedCall:
         ordinal: position among the calls of ``function`` during one run of that ``forward``, its submodules' included.
         where: module and source line.
         slots: per number, the labels it counts.
+        labels: all labels of the tensors that go in.
     """
 
     function: str
@@ -49,6 +53,7 @@ class SizedCall:
     ordinal: int
     where: str
     slots: tuple[tuple[Slot, Vector], ...]
+    labels: tuple[Vector, ...] = ()
 
 
 def function_name(func: Any) -> str:
@@ -65,7 +70,7 @@ def _shape_arguments(name: str, args: Arguments, kwargs: Keywords) -> list[Any] 
         given = args[first] if isinstance(args[first], (tuple, list, torch.Size)) else args[first:]
     else:
         given = kwargs.get("size", kwargs.get("shape"))
-    if not isinstance(given, (tuple, list, torch.Size)) or not all(isinstance(n, int) for n in given):
+    if not isinstance(given, (tuple, list, torch.Size)) or not all(isinstance(n, _INTEGER) for n in given):
         return None
     return list(given)
 
@@ -110,20 +115,21 @@ def slots(
 ) -> list[tuple[Slot, Vector]]:
     """The labels that each number in a call counts; numbers that do not count labels are left out."""
     result: list[tuple[Slot, Vector | None]] = []
-    if name in _VIEW | _NEW | _FACTORY | {"unflatten"}:
+    if name in SHAPED:
         shape = _shape_arguments(name, args, kwargs)
         if shape is not None and isinstance(out, Tensor):
             first = 0
             if name == "unflatten":
                 first = int(args[1] if len(args) > 1 else kwargs["dim"]) % args[0].dim()
-            own = labels(out)
+            # an unlabelled size is one that must not change: it may have been read off a shape that does
+            own = [_counted(v, n) for v, n in zip(labels(out), out.shape, strict=True)]
             result = [(str(j), own[first + j]) for j in range(len(shape))]
     elif name in _SPLIT:
         dim = _dim(args, kwargs)
         if labels(args[0])[dim] is not None:
             parts = [(labels(o)[dim], o.shape[dim]) for o in out]
-            result = [(str(j), np.zeros(n, np.int64) if v is None else v) for j, (v, n) in enumerate(parts)]
-    elif name in _INDEX:
+            result = [(str(j), _counted(v, n)) for j, (v, n) in enumerate(parts)]
+    elif name in INDEXED:
         for place, dim, part in _indexed(args) or ():
             vector = labels(args[0])[dim]
             if vector is not None and part.step in (None, 1):
@@ -142,10 +148,18 @@ def slots(
         channel = 0 if x.dim() == weight.dim() - 1 else 1
         if groups > 1 and groups == x.shape[channel]:
             result = [("groups", labels(x)[channel])]
-    elif name == _ATTENTION and labels(args[0])[-1] is not None:
+    elif name == ATTENTION and labels(args[0])[-1] is not None:
         # the scale stays that of the dense network: a number that counts no live label
         result = [("scale", np.zeros(args[0].shape[-1], np.int64))]
     return [(slot, vector) for slot, vector in result if vector is not None]
+
+
+def _counted(vector: Vector | None, size: int) -> Vector:
+    return np.zeros(size, np.int64) if vector is None else vector
+
+
+def _is_open(size: Any) -> bool:
+    return isinstance(size, int) and size == -1
 
 
 def _groups(args: Arguments, kwargs: Keywords) -> int:
@@ -172,13 +186,13 @@ def _split_sizes(name: str, args: Arguments, kwargs: Keywords) -> list[int]:
 
 def read(name: str, args: Arguments, kwargs: Keywords, names: Sequence[Slot]) -> dict[Slot, int | None]:
     """The number in each slot of a call; None where the call leaves it open (``-1``) or does not have it."""
-    if name in _VIEW | _NEW | _FACTORY | {"unflatten"}:
+    if name in SHAPED:
         shape = _shape_arguments(name, args, kwargs) or []
         return {s: None if int(s) >= len(shape) or shape[int(s)] == -1 else shape[int(s)] for s in names}
     if name in _SPLIT:
         sizes = _split_sizes(name, args, kwargs)
         return {s: sizes[int(s)] if int(s) < len(sizes) else -1 for s in names}
-    if name in _INDEX:
+    if name in INDEXED:
         found: dict[Slot, int | None] = {}
         for place, dim, part in _indexed(args) or ():
             start, stop, _ = part.indices(args[0].shape[dim])
@@ -196,13 +210,17 @@ def write(
     func: Any, name: str, args: Arguments, kwargs: Keywords, values: Mapping[Slot, int]
 ) -> tuple[Any, Arguments, Keywords]:
     """The same call with ``values`` in its slots. A split of any kind becomes one by explicit sizes."""
-    if name in _VIEW | _NEW | _FACTORY | {"unflatten"}:
+    if name in SHAPED:
         shape = _shape_arguments(name, args, kwargs) or []
-        shape = [n if n == -1 else values.get(str(j), n) for j, n in enumerate(shape)]
+        if any(int(slot) >= len(shape) for slot in values):
+            raise RuntimeError(
+                f"{name} got {len(shape)} sizes where tracing saw more: forward took another path"
+            )
+        shape = [values[str(j)] if str(j) in values and not _is_open(n) else n for j, n in enumerate(shape)]
         return func, *_with_shape(name, args, kwargs, shape)
     if name in _SPLIT:
         return torch.split, (args[0], [values[str(j)] for j in range(len(values))], _dim(args, kwargs)), {}
-    if name in _INDEX:
+    if name in INDEXED:
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         parts = list(index)
         for place, _, part in _indexed(args) or ():

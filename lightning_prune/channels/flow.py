@@ -46,16 +46,16 @@ class Step:
 class Flow:
     """Labels of all tensors seen so far. Rules read with :meth:`get` and write with :meth:`set`.
 
-    ``steps`` are the executed ops, ``calls`` the Python-level calls with sizes in them, ``hard`` the indices of those
-    calls whose sizes turned out to be hard-coded. ``producers``, ``consumers`` and ``mixed`` are the label vectors that
-    come out of a contraction, go into one with a weight of the network, and into one without.
+    ``steps`` are the executed ops, ``calls`` the Python-level calls with sizes in them, ``hard`` those whose sizes turned
+    out wrong in a thinned copy: ``{index of the call: slots}``. ``producers``, ``consumers`` and ``mixed`` are the label
+    vectors that come out of a contraction, go into one with a weight of the network, and into one without.
     """
 
     space: LabelSpace = field(default_factory=LabelSpace)
     contractions: list[Contraction] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     calls: list[SizedCall] = field(default_factory=list)
-    hard: set[int] = field(default_factory=set)
+    hard: dict[int, set[str]] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
     producers: list[Vector] = field(default_factory=list)

@@ -79,9 +79,10 @@ class CallRecorder(TorchFunctionMode):
         for frame in self.frames:
             frame[name] += 1
         where = flow.where(source_line())
+        entering = tuple(v for t in tensors_of((args, kwargs)) for v in flow.get(t) if v is not None)
         out = func(*args, **kwargs)
         found = slots(name, args, kwargs, out, flow.get)
-        flow.calls.append(SizedCall(name, flow.module, ordinal, where, tuple(found)))
+        flow.calls.append(SizedCall(name, flow.module, ordinal, where, tuple(found), entering))
         return out
 
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..inputs import ExampleInputs, call_model
-from .calls import SIZED, function_name, read, write
+from .calls import SIZED, SizedCall, function_name, read, write
 from .flow import Flow, Step
 from .groups import ChannelGraph, Mask
 from .labels import Vector
@@ -34,8 +34,8 @@ _MOST_RUNS = 12
 class _DivergedError(Exception):
     """The thinned copy left the traced path at step ``index``."""
 
-    def __init__(self, index: int, reason: str) -> None:
-        self.index, self.reason = index, reason
+    def __init__(self, index: int, reason: str, call: SizedCall | None = None) -> None:
+        self.index, self.reason, self.call = index, reason, call
 
 
 def compared(steps: list[Step]) -> list[Step]:
@@ -89,7 +89,7 @@ class _Sizes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = function_name(func)
+        name, call = function_name(func), None
         if name in SIZED:
             calls = self.flow.calls
             if self.index >= len(calls) or calls[self.index].function != name:
@@ -100,8 +100,9 @@ class _Sizes(TorchFunctionMode):
             if call.slots:
                 right = {slot: len(v) - int(self.dead[v].sum()) for slot, v in call.slots}
                 found = read(name, args, kwargs, list(right))
-                if any(n is not None and n != right[slot] for slot, n in found.items()):
-                    self.flow.hard.add(self.index)
+                wrong = {slot for slot, n in found.items() if n is not None and n != right[slot]}
+                if wrong:
+                    self.flow.hard[self.index] = wrong
                     func, args, kwargs = write(func, name, args, kwargs, right)
             self.index += 1
         try:
@@ -109,7 +110,8 @@ class _Sizes(TorchFunctionMode):
         except _DivergedError:
             raise
         except Exception as error:
-            raise _DivergedError(self.steps.index, f"{name} fails when these channels are fewer") from error
+            reason = f"{name} fails when these channels are fewer ({error})"
+            raise _DivergedError(self.steps.index, reason, call) from error
 
 
 def _predict(labels: tuple[Vector | None, ...], shape: tuple[int, ...], dead: Mask) -> tuple[int, ...]:
@@ -166,19 +168,28 @@ def settle(
             for vector, where in conflict:
                 flow.space.freeze(vector, "one line of Python would need several sizes", where)
             continue
-        step = steps[min(stop.index, len(steps) - 1)]
-        blamed[step.name, step.line] += 1
-        # one step alone may be special; a line that breaks twice breaks everywhere
-        alike = [s for s in steps if (s.name, s.line) == (step.name, step.line)] if step.line else []
         before = graph.num_channels
-        _freeze(flow, alike if blamed[step.name, step.line] > 1 else [step], stop.reason)
-        if build().num_channels == before:
-            _freeze(flow, steps[max(0, stop.index - 3) : stop.index + 2], stop.reason)
-            if build().num_channels == before:
-                break
+        _blame(flow, steps, stop, blamed)
+        reach = 1
+        while build().num_channels == before and reach <= len(steps):  # the cause lies further back
+            _freeze(flow, steps[max(0, stop.index - reach) : stop.index + 2], stop.reason)
+            reach *= 2
     _freeze(flow, flow.steps, "no thinned copy came out equal")
     flow.hard.clear()
     return build()
+
+
+def _blame(flow: Flow, steps: list[Step], stop: _DivergedError, blamed: Counter[tuple[str, str]]) -> None:
+    """Freeze the labels at the call or op where the thinned copy stopped."""
+    if stop.call is not None:
+        for vector in (*stop.call.labels, *(v for _, v in stop.call.slots)):
+            flow.space.freeze(vector, stop.reason, stop.call.where)
+        return
+    step = steps[min(stop.index, len(steps) - 1)]
+    blamed[step.name, step.line] += 1
+    # one op alone may be special; a line that breaks twice breaks everywhere
+    alike = [s for s in steps if (s.name, s.line) == (step.name, step.line)] if step.line else []
+    _freeze(flow, alike if blamed[step.name, step.line] > 1 else [step], stop.reason)
 
 
 def _try(

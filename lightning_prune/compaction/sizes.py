@@ -54,7 +54,8 @@ class CompactSizes(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original ``forward`` with the compact sizes."""
         with _Replace({(f.function, f.ordinal): dict(f.sizes) for f in self._size_fixes}):
-            return super().forward(*args, **kwargs)
+            plain = self.__dict__.get("_plain_forward")
+            return (plain or super().forward)(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the original class; the subclass is made again."""
@@ -85,4 +86,6 @@ def install(model: nn.Module, fixes: Iterable[SizeFix]) -> None:
     for name, own in by_module.items():
         module = model.get_submodule(name)
         module.__class__ = _compact_class(type(module))
+        if "forward" in module.__dict__:  # some modules choose among several forwards when they are made
+            module.__dict__["_plain_forward"] = module.__dict__.pop("forward")
         module._size_fixes = tuple(own)  # type: ignore[assignment]
