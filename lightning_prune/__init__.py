@@ -27,12 +27,17 @@ _HOME = {
     "TraceError": "errors",
     "compact": "compaction",
     "compare_latency": "latency",
+    "find_duplicate_channels": "redundancy",
+    "from_scratch": "init",
     "load_compact": "compaction",
     "mask_channels": "compaction",
     "max_relative_error": "compaction",
     "measure_latency": "latency",
+    "merge_duplicate_channels": "redundancy",
     "profile": "profiling",
     "prune_channels": "prune",
+    "reconstruct": "reconstruction",
+    "reinitialise": "init",
     "save_compact": "compaction",
     "trace_channels": "channels",
 }
@@ -56,6 +61,8 @@ if TYPE_CHECKING:
     from .errors import PlanError as PlanError
     from .errors import PruneError as PruneError
     from .errors import TraceError as TraceError
+    from .init import from_scratch as from_scratch
+    from .init import reinitialise as reinitialise
     from .latency import Latency as Latency
     from .latency import compare_latency as compare_latency
     from .latency import measure_latency as measure_latency
@@ -63,6 +70,9 @@ if TYPE_CHECKING:
     from .profiling import profile as profile
     from .prune import PruneResult as PruneResult
     from .prune import prune_channels as prune_channels
+    from .reconstruction import reconstruct as reconstruct
+    from .redundancy import find_duplicate_channels as find_duplicate_channels
+    from .redundancy import merge_duplicate_channels as merge_duplicate_channels
 
 
 def __getattr__(name: str) -> Any:
