@@ -26,6 +26,7 @@ _HOME = {
     "PruneResult": "prune",
     "TraceError": "errors",
     "compact": "compaction",
+    "compact_optimizer": "compaction",
     "compare_latency": "latency",
     "find_duplicate_channels": "redundancy",
     "from_scratch": "init",
@@ -33,6 +34,7 @@ _HOME = {
     "mask_channels": "compaction",
     "max_relative_error": "compaction",
     "measure_latency": "latency",
+    "optimize_for_inference": "inference",
     "merge_duplicate_channels": "redundancy",
     "profile": "profiling",
     "prune_channels": "prune",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from .channels import trace_channels as trace_channels
     from .compaction import CompactionPlan as CompactionPlan
     from .compaction import compact as compact
+    from .compaction import compact_optimizer as compact_optimizer
     from .compaction import load_compact as load_compact
     from .compaction import mask_channels as mask_channels
     from .compaction import max_relative_error as max_relative_error
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     from .errors import PlanError as PlanError
     from .errors import PruneError as PruneError
     from .errors import TraceError as TraceError
+    from .inference import optimize_for_inference as optimize_for_inference
     from .init import from_scratch as from_scratch
     from .init import reinitialise as reinitialise
     from .latency import Latency as Latency

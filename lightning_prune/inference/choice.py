@@ -1,0 +1,112 @@
+"""Which module computes a convolution fastest here: measured once per layer, kept on disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.availability import can_run_compact_conv2d
+from . import cache
+from .sites import ConvSite
+
+Backend = Literal["auto", "own", "vendor"]
+BACKENDS = ("auto", "own", "vendor")
+#: our kernel must be so much faster to be taken
+MARGIN = 1.03
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_ROUNDS, _SECONDS, _WARMUP = 9, 0.02, 2
+
+
+def backend() -> Backend:
+    """The value of ``LIGHTNING_PRUNE_BACKEND``: auto (measure, the default), own or vendor.
+
+    Raises:
+        ValueError: another value.
+    """
+    value = os.environ.get("LIGHTNING_PRUNE_BACKEND", "auto").strip().lower() or "auto"
+    if value not in BACKENDS:
+        raise ValueError(f"LIGHTNING_PRUNE_BACKEND must be one of {', '.join(BACKENDS)}; got {value!r}")
+    return cast(Backend, value)
+
+
+def can_run_own(site: ConvSite, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the compiled kernel takes the site's input."""
+    with torch.no_grad():
+        empty = torch.empty((0, *site.shape[1:]), dtype=dtype, device=device)
+        return can_run_compact_conv2d(empty).ok and site.own() is not None
+
+
+def seconds(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Median time of one call: ``"own/channels_last"``, ``"vendor/contiguous"`` and so on, from the cache or measured."""
+    conv = site.conv
+    layer = {
+        "dtype": str(dtype), "input": list(site.shape), "weight": list(conv.weight.shape), "stride": list(conv.stride),
+        "padding": str(conv.padding), "dilation": list(conv.dilation), "groups": conv.groups, "mode": conv.padding_mode,
+        "bias": conv.bias is not None or site.norm is not None, "activation": site.activation, "residual": site.residual,
+    }  # fmt: skip
+    key: dict[str, Any] = {**cache.environment(device), **layer}
+    found = cache.load(key)
+    if found is None or set(found) != {f"{kind}/{name}" for kind in ("vendor", "own") for name in FORMATS}:
+        found = _measure(site, dtype, device)
+        cache.store(key, found)
+    return found
+
+
+def own_wins(site: ConvSite, dtype: torch.dtype, device: torch.device, memory_format: str) -> bool:
+    """Whether our kernel beats torch's by the margin on maps of this memory format.
+
+    Within one format: a network runs in one, and which one is decided by timing whole networks.
+    """
+    times = seconds(site, dtype, device)
+    return times[f"own/{memory_format}"] * MARGIN <= times[f"vendor/{memory_format}"]
+
+
+def _measure(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(site.shape, generator=generator).to(device, dtype)
+    own = site.own()
+    assert own is not None
+    calls: dict[str, Callable[[], Tensor]] = {}
+    with torch.inference_mode():
+        for name, memory_format in FORMATS.items():
+            maps = x.contiguous(memory_format=memory_format)
+            for kind, module in (("vendor", site.vendor()), ("own", own)):
+                ready = cast(nn.Module, module).to(device, dtype)
+                ready = ready.to(memory_format=memory_format) if kind == "vendor" else ready  # type: ignore[call-overload]
+                residual = torch.randn_like(ready(maps)) if site.residual and kind == "vendor" else None
+                if site.residual and residual is None:
+                    plain = site.vendor().to(device, dtype)(maps)
+                    residual = torch.randn_like(plain.contiguous(memory_format=memory_format))
+                arguments = (maps,) if residual is None else (maps, residual)
+                calls[f"{kind}/{name}"] = _bound(ready, arguments)
+        return _interleaved(calls, device)
+
+
+def _bound(module: nn.Module, arguments: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    return lambda: cast(Tensor, module(*arguments))
+
+
+def _interleaved(calls: dict[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:
+    """Medians; candidates take turns, so that whatever else the machine does hits all of them alike."""
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(_WARMUP):
+        for call in calls.values():
+            call()
+    synchronise()
+    total, rounds = 0.0, 0
+    while rounds < _ROUNDS or total < _SECONDS * len(calls):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            synchronise()
+            taken[name].append(time.perf_counter() - start)
+            total += taken[name][-1]
+        rounds += 1
+    return {name: median(values) for name, values in taken.items()}

@@ -1,0 +1,265 @@
+"""`optimize_for_inference`: the fastest of several equal networks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..channels.trace import undisturbed
+from ..compaction import max_relative_error
+from ..compaction.apply import clone_model
+from ..inputs import ExampleInputs, describe_failure, to_model
+from ..latency import compare_latency
+from .choice import FORMATS, backend, can_run_own, own_wins
+from .cuda_graph import CapturedCall, signature
+from .recorded import RecordedBlueprint
+from .sites import Blueprint, ConvSite
+from .symbolic import SymbolicBlueprint
+
+#: largest difference from the original on the example, over the largest output
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+CudaGraph = bool | Literal["auto"]
+
+
+class OptimizedModule(nn.Module):
+    """A network for inference; made by :func:`optimize_for_inference`.
+
+    It stays in evaluation mode whatever ``train()`` is called with, and none of its parameters requires a gradient.
+
+    Attributes:
+        network: what runs.
+        memory_format: "contiguous" or "channels_last"; 4-D inputs are converted to it.
+        dtype: to which floating-point inputs are converted, or None.
+        layers: convolution -> "own" or "vendor", where one was replaced.
+        cuda_graph: whether calls on a GPU are captured.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        memory_format: str = "contiguous",
+        dtype: torch.dtype | None = None,
+        layers: dict[str, str] | None = None,
+        cuda_graph: CudaGraph = False,
+    ) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.memory_format = memory_format
+        self.dtype = dtype
+        self.layers = dict(layers or {})
+        self.cuda_graph = cuda_graph
+        self._captured: CapturedCall | None = None
+        super().train(False)
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        """Stays in evaluation mode: folded norms cannot train."""
+        return super().train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original returns, up to rounding; 4-D outputs may be in channels_last."""
+        args, kwargs = tree_map(self._prepared, (args, kwargs))
+        captured = self._captured
+        if captured is not None and self._replayable(args, kwargs):
+            return captured(args, kwargs)
+        return self.network(*args, **kwargs)
+
+    def _replayable(self, args: Any, kwargs: Any) -> bool:
+        """Whether the captured graph gives what a call would: same signature, and nobody wants gradients."""
+        if torch.compiler.is_compiling() or self._captured is None:
+            return False
+        leaves = tree_leaves((args, kwargs))
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
+            return False
+        return self._captured.signature == signature(args, kwargs)
+
+    def _prepared(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if self.dtype is not None and leaf.is_floating_point():
+            leaf = leaf.to(self.dtype)
+        if self.memory_format == "channels_last" and leaf.dim() == 4:
+            leaf = leaf.contiguous(memory_format=torch.channels_last)
+        return leaf
+
+    def capture(self, *args: Any, **kwargs: Any) -> bool:
+        """Capture a CUDA graph for inputs like these; calls of other shapes run without it.
+
+        Returns:
+            Whether there is one now. With ``cuda_graph=True`` a failure raises instead.
+
+        Raises:
+            RuntimeError: ``cuda_graph`` is True and the network cannot be captured.
+        """
+        args, kwargs = tree_map(self._prepared, (args, kwargs))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not self.cuda_graph or not tensors or not all(t.is_cuda for t in tensors):
+            return False
+        try:
+            self._captured = CapturedCall(self.network, args, kwargs)
+        except RuntimeError:
+            if self.cuda_graph is True:
+                raise
+            self._captured = None
+        return self._captured is not None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
+        self._captured = None  # its buffers do not move along
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_captured": None}
+
+    def extra_repr(self) -> str:
+        """Memory format, dtype and how many layers run our kernels."""
+        own = sum(kind == "own" for kind in self.layers.values())
+        dtype = "" if self.dtype is None else f"dtype={self.dtype}, "
+        return f"{dtype}memory_format={self.memory_format}, own kernels in {own} of {len(self.layers)} convolutions"
+
+
+def optimize_for_inference(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    dtype: torch.dtype | None = None,
+    cuda_graph: CudaGraph = "auto",
+) -> nn.Module:
+    """A copy of ``model`` for inference, as fast as can be had here and equal to it.
+
+    Batch norms are folded into their convolutions, activations and residual adds fused into them. Each convolution is
+    timed on the example's shapes with torch's kernel and with this package's, in both memory formats, on this machine
+    with the present number of threads; ours is taken where it is at least 3 % faster. The resulting networks are timed
+    as a whole, beside the folded ones that run torch's kernels only, and the fastest is returned. Measurements of layers
+    are kept in the user's cache folder.
+
+    Convolution, norm and activation are found by ``torch.fx`` (then the result's network is a GraphModule) or, where a
+    forward cannot be traced symbolically, by watching one run (then it keeps its class, and functional activations stay
+    as they are). What is not understood stays as it is.
+
+    Environment: ``LIGHTNING_PRUNE_BACKEND`` is ``auto``, ``own`` (our kernels wherever they run) or ``vendor`` (never);
+    ``LIGHTNING_PRUNE_CACHE`` is another folder, or ``off``.
+
+    Args:
+        model: any module; not changed. Training flags do not matter, the copy is made for evaluation.
+        example_inputs: a tensor, a tuple or list of positional arguments or a dict of keyword arguments, of the batch size and
+            resolution that the network will mostly see. Other shapes work, and may be slower than they could be.
+        dtype: of weights, inputs and outputs; None keeps the model's.
+        cuda_graph: capture calls of the example's shapes on a GPU: "auto" where it can be done, True raises where it
+            cannot, False never. Ignored on a CPU.
+
+    Returns:
+        OptimizedModule: deep-copies, pickles, saves and loads its ``state_dict``; on a CPU it may be called from several
+        threads at once, on a GPU captured calls take turns. Its difference from ``model`` on the example is at most 1e-4
+        of the largest output for float32 (1e-9 for float64; for half types 5e-2 (bfloat16), 1e-2 (float16) or twice
+        what the dtype alone costs).
+        Where nothing faster is equal, an unchanged copy.
+
+    Raises:
+        TraceError: ``forward`` fails on the example inputs.
+        ValueError: ``dtype`` is not a floating-point type, ``cuda_graph`` or ``LIGHTNING_PRUNE_BACKEND`` is misspelt.
+        RuntimeError: ``cuda_graph`` is True and capturing fails.
+    """
+    if cuda_graph not in (True, False, "auto"):
+        raise ValueError(f"cuda_graph must be 'auto', True or False; got {cuda_graph!r}")
+    if dtype is not None and dtype not in TOLERANCE:
+        names = ", ".join(str(known) for known in TOLERANCE)
+        raise ValueError(f"dtype must be one of {names} or None; got {dtype!r}")
+    backend()  # a misspelt value shows before any work
+    base = clone_model(model).eval()
+    inputs = to_model(example_inputs, base)
+    try:
+        error = max_relative_error(base, base, inputs)
+    except Exception as failure:
+        raise describe_failure(base, example_inputs, failure) from failure
+    plain = OptimizedModule(clone_model(base).to(dtype), dtype=dtype, cuda_graph=cuda_graph)
+    candidates = _candidates(base, inputs, dtype, cuda_graph) if error <= TOLERANCE[torch.float32] else []
+    limit = _limit(base, plain, inputs, dtype)
+    equal = [c for c in candidates if _error(base, c, inputs) <= limit]
+    best = _fastest(equal, inputs) if equal else plain
+    if best.cuda_graph:
+        _capture(best, inputs)
+        if best._captured is not None and not _error(base, best, inputs) <= limit:
+            best._captured = None
+    return best
+
+
+def _limit(base: nn.Module, plain: nn.Module, inputs: ExampleInputs, dtype: torch.dtype | None) -> float:
+    own = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
+    limit = TOLERANCE.get(own if dtype is None else dtype, 1e-4)
+    return limit if dtype in (None, own) else max(limit, 2 * max(_error(base, plain, inputs), 0.0))
+
+
+def _error(base: nn.Module, other: nn.Module, inputs: ExampleInputs) -> float:
+    """Relative difference; infinite where the other network fails or gives no numbers."""
+    try:
+        error = max_relative_error(base, other, inputs)
+    except Exception:
+        return float("inf")
+    return error if error == error else float("inf")
+
+
+def _blueprint(base: nn.Module, inputs: ExampleInputs) -> Blueprint | None:
+    return _try(SymbolicBlueprint, base, inputs) or _try(RecordedBlueprint, base, inputs)
+
+
+def _try(
+    kind: Callable[[nn.Module, ExampleInputs], Blueprint], base: nn.Module, inputs: ExampleInputs
+) -> Blueprint | None:
+    """A blueprint, or None: anything may happen in a user's forward under a tracer, and not to have one is always right."""
+    try:
+        model = clone_model(base)
+        with undisturbed(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return kind(model, inputs)
+    except Exception:
+        return None
+
+
+def _candidates(
+    base: nn.Module, inputs: ExampleInputs, dtype: torch.dtype | None, cuda_graph: CudaGraph
+) -> list[OptimizedModule]:
+    """Networks to choose from, torch's kernels first."""
+    blueprint = _blueprint(base, inputs)
+    if blueprint is None:
+        return []
+    mode, found = backend(), []
+    vendor = [("vendor",) * len(blueprint.sites)]
+    for name in FORMATS:
+        kinds = [] if mode == "own" else list(vendor)
+        if mode != "vendor":
+            kinds.append(tuple(_kind(site, dtype, mode, name) for site in blueprint.sites))
+        for choice in dict.fromkeys(kinds):
+            modules: list[nn.Module] = [
+                (site.own() if kind == "own" else site.vendor()) or site.vendor()
+                for site, kind in zip(blueprint.sites, choice, strict=True)
+            ]
+            network = clone_model(blueprint.build(modules)).to(dtype).to(memory_format=FORMATS[name])  # type: ignore[call-overload]
+            layers = {site.name: kind for site, kind in zip(blueprint.sites, choice, strict=True)}
+            found.append(OptimizedModule(network, name, dtype, layers, cuda_graph))
+    return found
+
+
+def _kind(site: ConvSite, dtype: torch.dtype | None, mode: str, memory_format: str) -> str:
+    weight = site.conv.weight
+    dtype = weight.dtype if dtype is None else dtype
+    if not can_run_own(site, dtype, weight.device):
+        return "vendor"
+    return "own" if mode == "own" or own_wins(site, dtype, weight.device, memory_format) else "vendor"
+
+
+def _fastest(candidates: list[OptimizedModule], inputs: ExampleInputs) -> OptimizedModule:
+    if len(candidates) == 1:
+        return candidates[0]
+    named: dict[str, nn.Module] = {str(number): c for number, c in enumerate(candidates)}
+    times = compare_latency(named, inputs, warmup=3, repeats=11, min_seconds=0.1)
+    return candidates[int(min(times, key=lambda name: times[name].median))]
+
+
+def _capture(best: OptimizedModule, inputs: ExampleInputs) -> None:
+    if isinstance(inputs, dict):
+        best.capture(**inputs)
+    else:
+        best.capture(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))

@@ -1,0 +1,125 @@
+"""A convolution with what can be fused into it, and the two modules that can take its place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import CompactConv2d
+from ..nn.compact_conv2d import _fold_batch_norm
+from ..ops import ACTIVATIONS
+
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": lambda y: F.relu6(y, inplace=True),
+    "silu": lambda y: F.silu(y, inplace=True),
+    "hardswish": lambda y: F.hardswish(y, inplace=True),
+    "sigmoid": torch.sigmoid_,
+}
+
+
+class FoldedConv2d(nn.Module):
+    """The vendor's convolution with a folded norm, then the residual add and the activation in place.
+
+    Args:
+        conv: used as it is, not copied.
+        activation: a name in ``lightning_prune.ops.ACTIVATIONS``.
+    """
+
+    def __init__(self, conv: nn.Conv2d, activation: str = "none") -> None:
+        super().__init__()
+        self.conv = conv
+        self.activation = activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``act(conv(x) + residual)``; shapes as in :class:`lightning_prune.nn.CompactConv2d`."""
+        y: Tensor = self.conv(x)
+        differentiable = torch.is_grad_enabled() and y.requires_grad
+        if residual is not None:
+            y = y + residual if differentiable else y.add_(residual)
+        if differentiable or self.activation not in _IN_PLACE:
+            return ACTIVATIONS[self.activation](y)
+        return _IN_PLACE[self.activation](y)
+
+    def extra_repr(self) -> str:
+        """The activation."""
+        return f"activation={self.activation}"
+
+
+@dataclass(frozen=True)
+class ConvSite:
+    """One convolution of a network and what follows it.
+
+    Attributes:
+        name: qualified name of the convolution.
+        conv: in evaluation mode; not changed.
+        norm: to be folded, or None.
+        activation: name of the fused activation, "none" without one.
+        residual: whether another tensor of the output's shape is added before the activation.
+        shape: of the input in the example run, (N, C, H, W).
+    """
+
+    name: str
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d | None
+    activation: str
+    residual: bool
+    shape: tuple[int, ...]
+
+    def folded(self) -> nn.Conv2d:
+        """A copy of the convolution with the norm folded in."""
+        conv = copy.deepcopy(self.conv)
+        if self.norm is not None:
+            with torch.no_grad():
+                weight, bias = _fold_batch_norm(conv.weight, conv.bias, self.norm)
+            conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+        return conv.requires_grad_(False)
+
+    def vendor(self) -> FoldedConv2d:
+        """The module that runs torch's convolution."""
+        return FoldedConv2d(self.folded(), self.activation).eval()
+
+    def own(self) -> CompactConv2d | None:
+        """The module that runs this package's convolution; None where it cannot (reflecting padding)."""
+        try:
+            return CompactConv2d.from_conv(self.folded(), None, self.activation)
+        except ValueError:
+            return None
+
+
+class Blueprint(Protocol):
+    """A network whose convolution sites are known."""
+
+    @property
+    def sites(self) -> list[ConvSite]:
+        """In order of execution."""
+        ...
+
+    def build(self, modules: list[nn.Module]) -> nn.Module:
+        """A network with ``modules[i]`` in place of ``sites[i]`` and what is fused into it; shares the other weights."""
+        ...
+
+
+def foldable(norm: nn.Module) -> bool:
+    """Whether a module is a batch norm with running statistics and nothing hung on it."""
+    return type(norm) is nn.BatchNorm2d and norm.running_mean is not None and plain(norm)
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether nothing is hung on a module: no hooks, no forward of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return not any(hooks) and "forward" not in module.__dict__
+
+
+def fusable(module: nn.Module) -> bool:
+    """Whether a module is exactly torch's convolution."""
+    return type(module) is nn.Conv2d and plain(module)
+
+
+__all__ = ["Blueprint", "ConvSite", "FoldedConv2d", "foldable", "fusable", "plain"]
