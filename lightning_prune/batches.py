@@ -17,15 +17,18 @@ _KEYS = ("x", "image", "images", "input", "inputs", "pixel_values", "img", "data
 _ROWS = 2
 
 
-def inputs_from_batch(batch: Any) -> ExampleInputs | None:
-    """What ``forward`` most likely takes from a batch: a tensor, the first of a pair, or a well-known key."""
+def inputs_from_batch(batch: Any, rows: int | None = _ROWS) -> ExampleInputs | None:
+    """What ``forward`` most likely takes from a batch: a tensor, the first of a pair, or a well-known key.
+
+    At most ``rows`` samples of it (None: all).
+    """
     if isinstance(batch, Tensor):
-        return first_rows(batch, _ROWS)
+        return batch if rows is None else first_rows(batch, rows)
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in _KEYS if isinstance(batch.get(key), Tensor)), None)
-        return None if found is None else first_rows(found, _ROWS)
+        return None if found is None else inputs_from_batch(found, rows)
     if isinstance(batch, (tuple, list)) and batch:
-        return inputs_from_batch(batch[0])
+        return inputs_from_batch(batch[0], rows)
     return None
 
 

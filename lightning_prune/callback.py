@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import deque
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from .batches import example_for, require_inputs
+from .batches import example_for, inputs_from_batch, require_inputs
 from .compaction import CompactionPlan
 from .config import PruneConfig, load_plan
 from .errors import PlanError
@@ -22,6 +23,9 @@ from .monitor import Plateau
 from .outcome import PruneReport
 from .schedule import Phase, Schedule
 from .scope import Patterns
+
+#: training batches kept for least squares
+_RECENT_BATCHES = 8
 
 
 class ChannelPruning(pl.Callback):
@@ -52,6 +56,11 @@ class ChannelPruning(pl.Callback):
         gate_lr: Adam's rate for the gates; by default from the number of steps in the learn phase.
         snap_threshold: a gate whose magnitude falls to this is set to zero for good, its channel's weights too.
         method_options: further arguments of the method, see its class in ``lightning_prune.gates``.
+        ratios: ``{module name or regular expression: share of channels to keep}`` for single layers; the budget governs
+            the others.
+        reconstruct: when channels are removed, refit their readers by least squares on the last training batches.
+        rewind_to: optimizer step whose weights the fit returns to when channels are selected (lottery tickets); the
+            optimizer's state starts afresh, schedules go on.
         monitor: validation metric whose plateau ends finetuning, for example ``"val_loss"``; None: never.
         patience: epochs without improvement that make a plateau.
         example_inputs: what ``forward`` takes; by default ``example_input_array`` or the first training samples.
@@ -91,6 +100,9 @@ class ChannelPruning(pl.Callback):
         gate_lr: float | None = None,
         snap_threshold: float = 0.02,
         method_options: dict[str, Any] | None = None,
+        ratios: dict[str, float] | None = None,
+        reconstruct: bool = False,
+        rewind_to: int | None = None,
         monitor: str | None = None,
         patience: int = 5,
         example_inputs: ExampleInputs | None = None,
@@ -117,6 +129,9 @@ class ChannelPruning(pl.Callback):
             gate_lr=gate_lr,
             snap_threshold=snap_threshold,
             method_options=method_options or {},
+            ratios=ratios,
+            reconstruct=reconstruct,
+            rewind_to=rewind_to,
             seed=seed,
         )
         self.compact_on_fit_end = compact_on_fit_end
@@ -129,6 +144,7 @@ class ChannelPruning(pl.Callback):
         self._fit: PruningFit | None = None
         self._resumed: dict[str, Any] = {}
         self._last_step = -1
+        self._recent: deque[Any] = deque(maxlen=_RECENT_BATCHES)
 
     @property
     def plan(self) -> CompactionPlan | None:
@@ -174,14 +190,25 @@ class ChannelPruning(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Streaming data: trace with the first batch, before any step."""
+        """Streaming data: trace with the first batch, before any step. Keep what selection will need."""
         if self._fit is None:
             self._fit = PruningFit(self.config, pl_module, require_inputs(self._given_inputs, batch))
             self._begin(trainer, pl_module)
             self._enter(trainer, pl_module)
+        if self._fit.plan is None and trainer.global_step == self.config.rewind_to:
+            self._fit.remember(pl_module)
+        if self._fit.plan is None and self.config.reconstruct:
+            self._recent.append(require_inputs(inputs_from_batch(batch, rows=None), batch))
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._fit is not None
+        assert self._schedule is not None
+        rewind, steps = self.config.rewind_to, trainer.num_training_batches * self._schedule.before_selection
+        if rewind is not None and rewind * trainer.accumulate_grad_batches >= steps:
+            raise MisconfigurationException(
+                f"rewind_to={rewind} is not reached before channels are selected, after {self._schedule.before_selection} "
+                f"epochs of {trainer.num_training_batches} batches: give an earlier step"
+            )
         self._fit.begin(pl_module, self._resumed, self._learn_steps(trainer))
         self._resumed = {}
 
@@ -206,7 +233,19 @@ class ChannelPruning(pl.Callback):
         if self._fit.plan is None and phase == Phase.LEARN and self._fit.learner is None:
             self._fit.start_learning(pl_module, self._learn_steps(trainer))
         elif self._fit.plan is None and phase == Phase.FINETUNE:
-            self._fit.select(pl_module)
+            self._select(trainer, pl_module)
+
+    def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._fit is not None
+        rewound = self._fit.early is not None
+        self._fit.select(pl_module, list(self._recent))
+        self._recent.clear()
+        if self.config.reconstruct and trainer.world_size > 1:  # ranks saw different batches
+            for parameter in pl_module.parameters():
+                parameter.data.copy_(trainer.strategy.broadcast(parameter.data))
+        if rewound:
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -260,7 +299,7 @@ class ChannelPruning(pl.Callback):
         if self._fit is None or self._schedule is None:
             return
         if self._fit.plan is None:
-            complete = trainer.current_epoch >= self._schedule.warmup + self._schedule.learn
+            complete = trainer.current_epoch >= self._schedule.before_selection
             if not complete and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 phase = self._schedule.phase(max(trainer.current_epoch - 1, 0)).name.lower()
                 warnings.warn(
@@ -269,7 +308,7 @@ class ChannelPruning(pl.Callback):
                     stacklevel=2,
                 )
                 return
-            self._fit.select(pl_module)
+            self._select(trainer, pl_module)
         if self.compact_on_fit_end:
             self.compact_model, self.report = self._fit.compact(pl_module)
 

@@ -11,7 +11,7 @@ from .compaction import CompactionPlan
 from .cost import METRICS
 from .criteria import CRITERIA
 from .gates import LEARNED
-from .scope import Patterns, check_patterns
+from .scope import Patterns, check_patterns, check_ratios
 
 
 def methods() -> tuple[str, ...]:
@@ -72,6 +72,9 @@ class PruneConfig:
     gate_lr: float | None
     snap_threshold: float
     method_options: Mapping[str, Any]
+    ratios: Mapping[str, float] | None
+    reconstruct: bool
+    rewind_to: int | None
     seed: int
 
     def __post_init__(self) -> None:
@@ -90,6 +93,9 @@ class PruneConfig:
         check_number("snap_threshold", self.snap_threshold)
         if self.gate_lr is not None:
             check_number("gate_lr", self.gate_lr, zero=False)
+        check_ratios(self.ratios)
+        if self.rewind_to is not None:
+            check_positive("rewind_to", self.rewind_to, least=0)
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
         if self.learned and self.learn_epochs == 0:

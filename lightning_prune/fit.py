@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from .criteria import saliency
 from .inputs import ExampleInputs, to_model
 from .learning import MaskLearner
 from .outcome import PruneReport
-from .scope import protected_channels
+from .reconstruction import reconstruct
+from .redundancy import warn_if_symmetric
+from .scope import fix_ratios, protected_channels
 from .selection import select_channels
 from .weights import WeightKeeper
 
@@ -45,6 +47,7 @@ class PruningFit:
         self.plan: CompactionPlan | None = None
         self.learner: MaskLearner | None = None
         self.keeper: WeightKeeper | None = None
+        self.early: dict[str, Tensor] | None = None
         self._protected = np.zeros(self.graph.num_channels, dtype=bool)
         if config.plan is not None:
             config.plan.check_model(self.graph.tensors)
@@ -57,7 +60,10 @@ class PruningFit:
                 np.ones(self.graph.num_channels)
             )  # an unreachable budget shows now, not after learning
 
-    def _choose(self, values: np.ndarray, eligible: Mask | None = None) -> Mask:
+    def _choose(self, values: np.ndarray, alive: Mask | None = None) -> Mask:
+        eligible, kept = fix_ratios(self.graph, values, self.config.ratios)
+        if alive is not None:
+            eligible = eligible & (alive | kept)
         return select_channels(
             self.graph,
             values,
@@ -66,7 +72,7 @@ class PruningFit:
             min_channels=self.config.min_channels,
             round_to=self.config.round_to,
             eligible=eligible,
-            protected=self._protected,
+            protected=(self._protected & eligible) | kept,
         )
 
     # ---- phases ----------------------------------------------------------------------------------------------------
@@ -74,6 +80,7 @@ class PruningFit:
     def begin(self, model: nn.Module, state: Mapping[str, Any], learn_steps: int) -> None:
         """The model is on its device: take up a checkpoint's ``state`` (empty: none), or hold the given plan."""
         self.keeper = WeightKeeper(model, self.graph)
+        self.early = state.get("early")
         if state.get("plan") is not None:
             self.hold(CompactionPlan.from_json(state["plan"], "the checkpoint"))
         elif state.get("learner") is not None:
@@ -84,6 +91,8 @@ class PruningFit:
             self.keeper.set_mask(learner.mask())
         elif self.config.plan is not None:
             self.hold(self.config.plan)
+        else:
+            warn_if_symmetric(model, self.graph)
 
     def start_learning(self, model: nn.Module, steps: int) -> MaskLearner:
         """Hang the gates on the model."""
@@ -94,17 +103,33 @@ class PruningFit:
             self.keeper.remember_radii()
         return self.learner
 
-    def select(self, model: nn.Module) -> None:
-        """The last word: a hard selection that meets the budget; gates are folded into the weights and gone."""
+    def select(self, model: nn.Module, data: Sequence[Any] = ()) -> None:
+        """The last word: a hard selection that meets the budget; gates are folded into the weights and gone.
+
+        With ``rewind_to`` the weights go back to those of that step; with ``reconstruct`` the consumers of removed
+        channels are refitted on ``data``.
+        """
         assert self.keeper is not None
         if self.learner is not None:
             mask = self._choose(self.learner.saliency(), self.learner.mask())
             self.learner.gates.detach()
-            self.keeper.fold(self.learner.gates.final())
+            if self.early is None:
+                self.keeper.fold(self.learner.gates.final())
             self.learner = None
         else:
             mask = self._choose(saliency(self.config.method, model, self.graph, self.config.seed))
-        self.hold(CompactionPlan.from_mask(self.graph, mask))
+        plan = CompactionPlan.from_mask(self.graph, mask)
+        if self.early is not None:
+            model.load_state_dict(self.early)
+            self.early = None
+        elif self.config.reconstruct and data:
+            fitted, _ = reconstruct(model, to_model(self.inputs, model), plan, data)
+            model.load_state_dict(fitted.state_dict())
+        self.hold(plan)
+
+    def remember(self, model: nn.Module) -> None:
+        """Keep the present weights to rewind to (lottery tickets, Frankle and Carbin 2019)."""
+        self.early = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
     def hold(self, plan: CompactionPlan) -> None:
         """From now on the removed channels are exactly zero."""
@@ -192,5 +217,6 @@ class PruningFit:
         return {
             "plan": self.plan.to_json() if self.plan is not None else None,
             "learner": self.learner.state_dict() if self.learner is not None else None,
+            "early": self.early,
             "radii": self.keeper.radii() if self.keeper is not None else [],
         }

@@ -13,6 +13,7 @@ from .channels.groups import ChannelGraph, Mask
 from .config import PruneConfig
 from .cost import CostModel
 from .gates import LEARNED
+from .scope import fixed_shares
 
 #: how strongly a channel's price weighs in its penalty
 PRICE_EXPONENT = 0.5
@@ -60,6 +61,8 @@ class MaskLearner:
         self.done = 0
         self.strength = 0.0
         self._group_of = graph.group_of()
+        # layers with a width of their own are ranked by their gates, not pressed, and count as what will be left of them
+        self._share = fixed_shares(graph, config.ratios)
 
     @property
     def trainable(self) -> Mask:
@@ -97,12 +100,13 @@ class MaskLearner:
         # early on what is on its way out counts in part, or everything in flight would overshoot; in the end only what
         # is really gone counts
         progress = min(1.0, self.done / self.steps)
-        cost = ((1 - progress) * self.cost.cost(presence) + progress * self.cost.cost(mask)) / dense
+        soft, hard = self.cost.cost(presence * self._share), self.cost.cost(mask * self._share)
+        cost = ((1 - progress) * soft + progress * hard) / dense
         self.strength = self.controller.step(cost, aim)
         price = self.cost.marginal(mask.astype(np.float64)) * self._live_share(mask)
         free = self.trainable & mask
         mean = price[free].mean() if free.any() else 1.0
-        relative = np.clip((price / max(mean, 1e-30)) ** PRICE_EXPONENT, 0.1, 10.0)
+        relative = np.clip((price / max(mean, 1e-30)) ** PRICE_EXPONENT, 0.1, 10.0) * (self._share == 1.0)
         gates.update(torch.from_numpy(self.strength * relative).float().to(gates.dead.device))
         self.done += 1
         return self._snap(mask)
@@ -119,10 +123,10 @@ class MaskLearner:
         chosen = []
         for channel in self.gates.candidates().tolist():
             group = self._group_of[channel]
-            if counts[group] <= max(self.config.min_channels, 1):
+            if self._share[channel] < 1.0 or counts[group] <= max(self.config.min_channels, 1):
                 continue
             mask[channel] = False
-            if self.cost.cost(mask) < limit:
+            if self.cost.cost(mask * self._share) < limit:
                 mask[channel] = True
                 continue
             counts[group] -= 1

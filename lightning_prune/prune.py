@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +15,8 @@ from .cost import METRICS, CostModel, Metric
 from .criteria import CRITERIA, saliency
 from .inputs import ExampleInputs
 from .outcome import PruneReport
-from .scope import Patterns, check_patterns, protected_channels
+from .reconstruction import reconstruct as refit_consumers
+from .scope import Patterns, check_patterns, check_ratios, fix_ratios, protected_channels
 from .selection import select_channels
 
 
@@ -36,8 +39,11 @@ def prune_channels(
     include: Patterns = None,
     exclude: Patterns = None,
     prune_streams: bool = False,
+    ratios: Mapping[str, float] | None = None,
     round_to: int = 1,
     min_channels: int = 1,
+    reconstruct: bool = False,
+    data: Iterable[Any] | None = None,
     seed: int = 0,
 ) -> PruneResult:
     """Remove the least salient channels of a trained network until it costs at most ``target`` of what it did.
@@ -53,8 +59,12 @@ def prune_channels(
         include: module names or regular expressions of the only layers to prune, see ``scope.protected_channels``.
         exclude: the same for layers to keep whole.
         prune_streams: also prune residual streams.
+        ratios: ``{module name or regular expression: share of channels to keep}`` for single layers; the budget then
+            governs the others.
         round_to: live widths are multiples of this.
         min_channels: at least so many channels stay in every group.
+        reconstruct: refit the consumers of removed channels by least squares on ``data`` (He et al. 2017).
+        data: a few batches of inputs, or of (inputs, labels), for ``reconstruct``.
         seed: for ``method="random"``.
 
     Raises:
@@ -70,18 +80,26 @@ def prune_channels(
     check_positive("min_channels", min_channels)
     check_patterns("include", include)
     check_patterns("exclude", exclude)
+    check_ratios(ratios)
+    if reconstruct and data is None:
+        raise ValueError("reconstruct=True needs data=, a few batches of inputs to fit on")
     graph = trace_channels(model, example_inputs)
-    protected = protected_channels(graph, include, exclude, prune_streams)
+    values = saliency(method, model, graph, seed)
+    eligible, kept = fix_ratios(graph, values, ratios)
+    protected = protected_channels(graph, include, exclude, prune_streams) & eligible
     mask = select_channels(
         graph,
-        saliency(method, model, graph, seed),
+        values,
         CostModel(graph, metric),
         target,
         min_channels=min_channels,
         round_to=round_to,
-        protected=protected,
+        eligible=eligible,
+        protected=protected | kept,
     )
     plan = CompactionPlan.from_mask(graph, mask)
+    if reconstruct and data is not None:
+        model, _ = refit_consumers(model, example_inputs, plan, data)
     smaller = compact(model, example_inputs, plan)
     error = max_relative_error(mask_channels(model, example_inputs, plan), smaller, example_inputs)
     return PruneResult(smaller, plan, PruneReport.of(graph, plan, error))

@@ -61,6 +61,11 @@ class Schedule:
         return cls(warmup, learn, finetune)
 
     @property
+    def before_selection(self) -> int:
+        """Epochs before the hard selection."""
+        return self.warmup + self.learn
+
+    @property
     def total(self) -> int | None:
         """All epochs, or None when finetuning is open-ended."""
         return None if self.finetune is None else self.warmup + self.learn + self.finetune

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from .channels.build import module_of
 from .channels.groups import ChannelGraph, ChannelGroup, Mask
@@ -88,3 +89,54 @@ def protected_channels(
             )
         )
     return protected
+
+
+def check_ratios(ratios: Mapping[str, float] | None) -> None:
+    """Raise ValueError unless every key is a pattern and every value a fraction in (0, 1]."""
+    for pattern, ratio in (ratios or {}).items():
+        check_patterns("ratios", pattern)
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 < ratio <= 1.0:
+            raise ValueError(
+                f"ratios[{pattern!r}] is the share of channels to keep and must be in (0, 1]; got {ratio!r}"
+            )
+
+
+def fix_ratios(
+    graph: ChannelGraph, saliency: npt.NDArray[np.float64], ratios: Mapping[str, float] | None
+) -> tuple[Mask, Mask]:
+    """Widths given per layer: ``(eligible, protected)`` masks that make groups keep exactly these shares of channels.
+
+    Of a group that matches a pattern, the most salient ``round(ratio * size)`` channels (at least one) must stay, all
+    others must go.
+
+    Raises:
+        TraceError: a pattern matches no prunable layer.
+    """
+    shares = fixed_shares(graph, ratios)
+    eligible, protected = np.ones(graph.num_channels, dtype=bool), np.zeros(graph.num_channels, dtype=bool)
+    for group in graph.groups:
+        if (share := shares[group.start]) < 1.0:
+            order = np.argsort(-saliency[group.ids], kind="stable")
+            keep = group.start + order[: max(1, round(share * group.size))]
+            eligible[group.ids] = False
+            eligible[keep] = protected[keep] = True
+    return eligible, protected
+
+
+def fixed_shares(graph: ChannelGraph, ratios: Mapping[str, float] | None) -> npt.NDArray[np.float64]:
+    """Share of its group that is kept, per channel: 1 where no ratio is given. Later patterns override earlier ones.
+
+    Raises:
+        TraceError: a pattern matches no prunable layer.
+    """
+    shares = np.ones(graph.num_channels)
+    for pattern, ratio in (ratios or {}).items():
+        matched = [g for g in graph.groups if any(_matches(pattern, name) for name in _names(g))]
+        if not matched:
+            names = sorted({name for group in graph.groups for name in _names(group)})
+            raise TraceError(
+                f"ratios: {pattern!r} matches no prunable layer. Prunable layers: {', '.join(names[:20])}"
+            )
+        for group in matched:
+            shares[group.ids] = ratio
+    return shares

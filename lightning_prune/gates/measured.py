@@ -125,6 +125,13 @@ class APoZGates(_Measured):
             handle.remove()
         self._handles.clear()
 
+    def saliency(self) -> Tensor:
+        """Share of non-zeros relative to the mean of the group: layers differ too much for one threshold."""
+        values = super().saliency()
+        for group in self.graph.groups:
+            values[group.ids] = values[group.ids] / values[group.ids].mean().clamp_min(1e-12)
+        return values
+
     @torch.no_grad()
     def _watch(self, module: nn.Module, args: Any) -> None:
         if module.training and args and isinstance(args[0], Tensor):

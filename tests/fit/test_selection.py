@@ -167,6 +167,7 @@ def config(**options: object) -> PruneConfig:
         "finetune_epochs": None, "include": None, "exclude": None, "prune_streams": False, "round_to": 1,
         "min_channels": 1, "alternate_every_n_steps": 0, "weight_l1": 0.0, "weight_l2": 0.0, "sphere": False,
         "gate_lr": None, "snap_threshold": 0.02, "method_options": {}, "seed": 0,
+        "ratios": None, "reconstruct": False, "rewind_to": None,
     }  # fmt: skip
     return PruneConfig(**(base | options))  # type: ignore[arg-type]
 
@@ -182,3 +183,29 @@ def test_schedule() -> None:
     assert Schedule.resolve(config(), 1) == Schedule(0, 1, None)
     with pytest.raises(ValueError, match="need 7 epochs"):
         Schedule.resolve(config(warmup_epochs=2, learn_epochs=2, finetune_epochs=3), 6)
+
+
+def test_ratios_fix_single_layers() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    result = prune_channels(NET, x, target=0.5, ratios={"0": 0.75, "4": 0.25})
+    widths = result.report.widths
+    assert widths["0"] == (18, 24)
+    assert widths["4"] == (10, 40)
+    assert result.report.macs_compact <= 0.5 * result.report.macs_dense
+    norms = NET[0].weight.detach().flatten(1).norm(dim=1)
+    assert sorted(result.plan.removed["0"]) == sorted(norms.argsort()[:6].tolist())
+    with pytest.raises(TraceError, match="ratios: 'nine' matches no prunable layer"):
+        prune_channels(NET, x, ratios={"nine": 0.5})
+    with pytest.raises(ValueError, match=r"ratios\['0'\] .* got 0"):
+        prune_channels(NET, x, ratios={"0": 0})
+
+
+def test_reconstruction_lowers_the_error_of_a_pruned_network() -> None:
+    x = torch.randn(64, 3, 6, 6)
+    plain = prune_channels(NET, x, target=0.5).model
+    fitted = prune_channels(NET, x, target=0.5, reconstruct=True, data=[x]).model
+    with torch.no_grad():
+        truth = NET(x)
+        assert (fitted(x) - truth).square().mean() < 0.7 * (plain(x) - truth).square().mean()
+    with pytest.raises(ValueError, match="reconstruct=True needs data="):
+        prune_channels(NET, x, reconstruct=True)

@@ -1,0 +1,72 @@
+"""Carry an optimizer over to the compact network: momentum and moments of the kept channels, nothing lost."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from .plan import CompactionPlan
+
+
+def compact_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, smaller: nn.Module, plan: CompactionPlan
+) -> torch.optim.Optimizer:
+    """An optimizer for ``smaller`` that goes on where ``optimizer`` is.
+
+    Same class, same parameter groups (learning rates, decay and the rest), and every state tensor of a parameter's shape
+    (Adam's moments, SGD's momentum) sliced as the parameter was. Training the compact network then takes the same steps
+    as training the masked one, without a jump.
+
+    Args:
+        optimizer: the optimizer of ``model``; untouched.
+        model: the dense or masked network, the one ``optimizer`` steps.
+        smaller: the network that ``plan`` made of it.
+        plan: what was removed.
+
+    Raises:
+        PlanError: a parameter of ``optimizer`` is not one of ``model``, or ``smaller`` does not have it.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    targets = dict(smaller.named_parameters())
+    slices: dict[str, list[tuple[int, Tensor]]] = {}
+    for piece in plan.slices:
+        keep = torch.ones(piece.size, dtype=torch.bool)
+        keep[list(piece.removed)] = False
+        slices.setdefault(piece.tensor, []).append((piece.dim, keep.nonzero().squeeze(1)))
+
+    def counterpart(parameter: Tensor) -> nn.Parameter:
+        name = names.get(id(parameter))
+        if name is None or name not in targets:
+            raise PlanError(
+                f"the optimizer steps a parameter of shape {tuple(parameter.shape)} that "
+                + ("is not one of model's" if name is None else f"smaller lacks: {name!r}")
+            )
+        return targets[name]
+
+    def cut(value: Any, parameter: Tensor) -> Any:
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        value = value.detach().clone()
+        if value.shape == parameter.shape:
+            for dim, keep in slices.get(names[id(parameter)], []):
+                value = value.index_select(dim, keep.to(value.device))
+        return value
+
+    result = copy.copy(optimizer)
+    result.__dict__ = dict(optimizer.__dict__)
+    result.param_groups = [
+        {**group, "params": [counterpart(p) for p in group["params"]]} for group in optimizer.param_groups
+    ]
+    result.state = type(optimizer.state)(optimizer.state.default_factory)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in optimizer.state:
+                state = optimizer.state[parameter]
+                result.state[counterpart(parameter)] = {
+                    key: cut(value, parameter) for key, value in state.items()
+                }
+    return result

@@ -1,0 +1,281 @@
+"""Convolutions that do not compute dead channels, while a network trains.
+
+A dead channel's weights are zero, so leaving it out gives the same numbers. The parameters keep their full size: only the
+call of the convolution changes, during the module's own forward, on top of whatever shadows its weight there (gates).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .channels.groups import ChannelGraph, Mask
+from .nn._convert import symmetric_padding
+from .ops.availability import can_run_masked_conv2d, extension_available
+
+#: smaller convolutions (multiply-accumulates of one dense forward call) are left alone
+LEAST_MACS = 1_000_000
+#: skipping must be so much faster to be used
+MARGIN = 1.03
+_ROUNDS = 2
+
+
+@dataclass
+class _Layer:
+    """A convolution whose rows or columns belong to channels, and what is dead of it at present.
+
+    Attributes:
+        module: the convolution.
+        out_channels: channel of each output, -1 for none; likewise ``in_channels``.
+        padding: two integers.
+        live_in: int64 inputs that live, None for all; likewise ``live_out``.
+        share: of the multiply-accumulates that live.
+        verdicts: kind of call -> decile of ``share`` at which it was measured, and whether skipping won.
+    """
+
+    module: nn.Conv2d
+    out_channels: np.ndarray
+    in_channels: np.ndarray
+    padding: tuple[int, int]
+    live_in: Tensor | None = None
+    live_out: Tensor | None = None
+    share: float = 1.0
+    verdicts: dict[tuple[Any, ...], tuple[int, bool]] = field(default_factory=dict)
+
+    def set_mask(self, mask: Mask) -> None:
+        """Take up which channels live, bool of shape [num_channels]."""
+        live = np.append(mask, True)  # position -1: belongs to no channel
+        ins, outs = live[self.in_channels], live[self.out_channels]
+        device = self.module.weight.device
+        self.live_in = None if ins.all() else torch.from_numpy(np.flatnonzero(ins)).to(device)
+        self.live_out = None if outs.all() else torch.from_numpy(np.flatnonzero(outs)).to(device)
+        depthwise = self.module.groups > 1 and self.module.groups == self.module.in_channels
+        self.share = float(outs.mean() * (1.0 if depthwise else ins.mean()))
+
+    @property
+    def settings(self) -> tuple[list[int], list[int], list[int], int]:
+        """Stride, padding, dilation and groups, as the operators take them."""
+        conv = self.module
+        return list(conv.stride), list(self.padding), list(conv.dilation), conv.groups
+
+
+class _MaskedConv(torch.autograd.Function):
+    """``masked_conv2d`` whose second derivative, where one is asked for, is that of the plain convolution."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.live, ctx.settings = (layer.live_in, layer.live_out), layer.settings
+        return _forward(x, weight, bias, ctx.live, ctx.settings)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled():
+            leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+            y = F.conv2d(x, weight, bias, *map(tuple, ctx.settings[:3]), ctx.settings[3])  # type: ignore[arg-type]
+            found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
+            return (*(next(found) if need else None for need in needs), None)
+        grads = _backward(grad, x, weight, bias, ctx.live, ctx.settings, needs)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, live: Any, settings: Any) -> Tensor:
+    result: Tensor = torch.ops.lightning_prune.masked_conv2d(x, weight, bias, None, *live, *settings, "none")
+    return result
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    live: Any,
+    settings: Any,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    grads: tuple[Tensor, ...] = torch.ops.lightning_prune.masked_conv2d_backward(
+        grad, None, x, weight, bias, None, *live, *settings, "none", *needs, False
+    )
+    return grads[:3]
+
+
+class DeadChannelSkipper:
+    """Runs convolutions over live channels only, where that is measured to be faster.
+
+    While channels are dead, two hooks on each convolution that has some exchange its inner call for ``masked_conv2d``. The first
+    batch after a tenth of a layer's work has died is computed both ways, forward and backward, until skipping wins: from
+    then on it is used, since it only becomes cheaper. The plain call remains under autocast, in ``torch.compile``, for dtypes
+    that the kernel does not take, with ``torch.use_deterministic_algorithms`` (the choice depends on the clock, and
+    rounding on the choice), and without the compiled extension.
+
+    Args:
+        model: on its device; gets hooks, loses them in :meth:`detach`.
+        graph: its traced channels.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+        self._layers = _layers(model, graph) if extension_available() else []
+        self._handles: dict[nn.Module, list[RemovableHandle]] = {}
+
+    def set_mask(self, mask: Mask) -> None:
+        """Skip the channels where ``mask`` (bool, shape [num_channels]) is False; their weights must be zero."""
+        for layer in self._layers:
+            layer.set_mask(mask)
+            attached = layer.module in self._handles
+            if layer.share < 1.0 and not attached:
+                hook = _Exchange(layer)
+                self._handles[layer.module] = [
+                    layer.module.register_forward_pre_hook(hook),
+                    layer.module.register_forward_hook(_Restore(), always_call=True),
+                ]
+            elif layer.share == 1.0 and attached:
+                self._detach(layer.module)
+
+    def skipping(self) -> list[nn.Conv2d]:
+        """Convolutions for which skipping has been measured to be faster."""
+        return [layer.module for layer in self._layers if any(won for _, won in layer.verdicts.values())]
+
+    def detach(self) -> None:
+        """Remove the hooks; the model is exactly as it was."""
+        for module in list(self._handles):
+            self._detach(module)
+
+    def _detach(self, module: nn.Module) -> None:
+        for handle in self._handles.pop(module):
+            handle.remove()
+        module.__dict__.pop("_conv_forward", None)
+
+
+def _nothing(*unused: Any, **unused_too: Any) -> None:
+    """What a copied or unpickled module has in place of the hooks: its channels are all computed."""
+
+
+def _make_nothing() -> Callable[..., None]:
+    return _nothing
+
+
+class _Hook:
+    """A hook that does not go along when its module is copied or pickled."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _make_nothing, ()
+
+
+class _Exchange(_Hook):
+    """Before the forward call: put another convolution in place if it is allowed and faster."""
+
+    def __init__(self, layer: _Layer) -> None:
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling() or len(args) != 1:
+            return
+        layer = self._layer
+        if _allowed(layer, args[0]) and "_conv_forward" not in module.__dict__:
+            module.__dict__["_conv_forward"] = lambda x, weight, bias: _convolve(layer, x, weight, bias)
+
+
+class _Restore(_Hook):
+    """After the forward call, also after one that raised: as it was."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            module.__dict__.pop("_conv_forward", None)
+
+
+def _allowed(layer: _Layer, x: Any) -> bool:
+    if not isinstance(x, Tensor) or x.dim() != 4 or torch.is_autocast_enabled(x.device.type):
+        return False
+    if torch.are_deterministic_algorithms_enabled() or torch.jit.is_tracing():
+        return False
+    conv = layer.module
+    outputs = x.shape[0] * x.shape[2] * x.shape[3] * conv.weight.numel() // (conv.stride[0] * conv.stride[1])
+    return outputs >= LEAST_MACS and can_run_masked_conv2d(x, conv.weight).ok
+
+
+def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias))
+    nhwc = x.is_contiguous(memory_format=torch.channels_last)
+    key = (tuple(x.shape), x.dtype, needs, nhwc and not x.is_contiguous())
+    decile = int(layer.share * 10)
+    measured, won = layer.verdicts.get(key, (11, False))
+    if not won and decile < measured:
+        won = _faster(layer, x.detach(), weight.detach(), None if bias is None else bias.detach(), needs)
+        layer.verdicts[key] = (decile, won)
+    if won:
+        result: Tensor = _MaskedConv.apply(x, weight, bias, layer)  # type: ignore[no-untyped-call]
+        return result
+    return type(layer.module)._conv_forward(layer.module, x, weight, bias)
+
+
+@torch.no_grad()
+def _faster(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]) -> bool:
+    """Time both ways on this batch, without autograd (nothing is recorded, no hook of the user's sees it)."""
+    settings, live = layer.settings, (layer.live_in, layer.live_out)
+    stride, padding, dilation, groups = settings
+
+    def plain() -> None:
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        if any(needs):
+            sizes = None if bias is None else list(bias.shape)
+            torch.ops.aten.convolution_backward(
+                y, x, weight, sizes, stride, padding, dilation, False, [0, 0], groups, list(needs)
+            )
+
+    def skipping() -> None:
+        y = _forward(x, weight, bias, live, settings)
+        if any(needs):
+            _backward(y, x, weight, bias, live, settings, needs)
+
+    seconds: list[list[float]] = [[], []]
+    for _ in range(1 + _ROUNDS):  # the first round warms up
+        for call, taken in zip((plain, skipping), seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            taken.append(time.perf_counter() - start)
+    return min(seconds[1][1:]) * MARGIN < min(seconds[0][1:])
+
+
+def _layers(model: nn.Module, graph: ChannelGraph) -> list[_Layer]:
+    """Every plain convolution whose rows or columns belong to channels."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    members: dict[tuple[str, int], list[tuple[int, np.ndarray]]] = {}
+    for group in graph.groups:
+        for member in group.members:
+            members.setdefault((member.tensor, member.dim), []).append((group.start, member.index))
+    found = []
+    for module in model.modules():
+        if type(module) is not nn.Conv2d or id(module.weight) not in names:
+            continue
+        try:
+            padding = symmetric_padding(module)
+        except ValueError:
+            continue
+        name = names[id(module.weight)]
+        rows = _channels(module.weight.shape[0], members.get((name, 0), []))
+        columns = _channels(module.weight.shape[1], members.get((name, 1), []))
+        if (rows >= 0).any() or (columns >= 0).any():
+            found.append(_Layer(module, rows, np.tile(columns, module.groups), padding))
+    return found
+
+
+def _channels(size: int, parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    channels = np.full(size, -1, np.int64)
+    for start, index in parts:
+        channels[index] = np.arange(start, start + len(index))[:, None]
+    return channels
