@@ -65,6 +65,8 @@ class ChannelPruning(pl.Callback):
         patience: epochs without improvement that make a plateau.
         example_inputs: what ``forward`` takes; by default ``example_input_array`` or the first training samples.
         compact_on_fit_end: build ``compact_model`` when the fit ends.
+        dead_channel_skipping: convolutions leave dead channels out while the network trains, where that is measured to
+            be faster (see :class:`lightning_prune.skipping.DeadChannelSkipper`); the same numbers up to rounding.
         seed: for ``method="random"``.
 
     Attributes:
@@ -107,6 +109,7 @@ class ChannelPruning(pl.Callback):
         patience: int = 5,
         example_inputs: ExampleInputs | None = None,
         compact_on_fit_end: bool = True,
+        dead_channel_skipping: bool = True,
         seed: int = 0,
     ) -> None:
         self.config = PruneConfig(
@@ -133,6 +136,7 @@ class ChannelPruning(pl.Callback):
             reconstruct=reconstruct,
             rewind_to=rewind_to,
             seed=seed,
+            dead_channel_skipping=dead_channel_skipping,
         )
         self.compact_on_fit_end = compact_on_fit_end
         self.compact_model: nn.Module | None = None
@@ -320,8 +324,8 @@ class ChannelPruning(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
-        if self._fit is not None and self._fit.learner is not None:
-            self._fit.learner.gates.detach()
+        if self._fit is not None:
+            self._fit.release()
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 

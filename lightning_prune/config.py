@@ -76,6 +76,7 @@ class PruneConfig:
     reconstruct: bool
     rewind_to: int | None
     seed: int
+    dead_channel_skipping: bool = True
 
     def __post_init__(self) -> None:
         check_fraction("target", self.target)

@@ -22,6 +22,7 @@ from .reconstruction import reconstruct
 from .redundancy import warn_if_symmetric
 from .scope import fix_ratios, protected_channels
 from .selection import select_channels
+from .skipping import DeadChannelSkipper
 from .weights import WeightKeeper
 
 
@@ -47,6 +48,7 @@ class PruningFit:
         self.plan: CompactionPlan | None = None
         self.learner: MaskLearner | None = None
         self.keeper: WeightKeeper | None = None
+        self.skipper: DeadChannelSkipper | None = None
         self.early: dict[str, Tensor] | None = None
         self._protected = np.zeros(self.graph.num_channels, dtype=bool)
         if config.plan is not None:
@@ -80,6 +82,8 @@ class PruningFit:
     def begin(self, model: nn.Module, state: Mapping[str, Any], learn_steps: int) -> None:
         """The model is on its device: take up a checkpoint's ``state`` (empty: none), or hold the given plan."""
         self.keeper = WeightKeeper(model, self.graph)
+        if self.config.dead_channel_skipping:
+            self.skipper = DeadChannelSkipper(model, self.graph)
         self.early = state.get("early")
         if state.get("plan") is not None:
             self.hold(CompactionPlan.from_json(state["plan"], "the checkpoint"))
@@ -88,7 +92,7 @@ class PruningFit:
             learner.load_state_dict(state["learner"])
             if self.config.sphere:
                 self.keeper.remember_radii_as(state["radii"])
-            self.keeper.set_mask(learner.mask())
+            self._set_mask(learner.mask())
         elif self.config.plan is not None:
             self.hold(self.config.plan)
         else:
@@ -135,12 +139,26 @@ class PruningFit:
         """From now on the removed channels are exactly zero."""
         assert self.keeper is not None
         self.plan = plan
-        self.keeper.set_mask(plan.mask(self.graph))
+        self._set_mask(plan.mask(self.graph))
         self.keeper.zero_dead()
+
+    def _set_mask(self, mask: Mask) -> None:
+        assert self.keeper is not None
+        self.keeper.set_mask(mask)
+        if self.skipper is not None:
+            self.skipper.set_mask(mask)
+
+    def release(self) -> None:
+        """Take every hook off the model."""
+        if self.learner is not None:
+            self.learner.gates.detach()
+        if self.skipper is not None:
+            self.skipper.detach()
 
     def compact(self, model: nn.Module) -> tuple[nn.Module, PruneReport]:
         """The smaller copy of ``model``, proven equal, and the report. Only after :meth:`select` or :meth:`hold`."""
         assert self.plan is not None
+        self.release()
         inputs = to_model(self.inputs, model)
         smaller = compact(model, inputs, self.plan).eval()
         error = max_relative_error(mask_channels(model, inputs, self.plan), smaller, inputs)
@@ -166,7 +184,7 @@ class PruningFit:
             learner.gates.synchronise(reduce)
             learner.unscale(loss_scale)
             if learner.step():
-                keeper.set_mask(learner.mask())
+                self._set_mask(learner.mask())
         if self._freeze_weights:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
