@@ -82,7 +82,8 @@ class _MaskedConv(torch.autograd.Function):
         needs = tuple(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled():
             leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
-            y = F.conv2d(x, weight, bias, *map(tuple, ctx.settings[:3]), ctx.settings[3])  # type: ignore[arg-type]
+            stride, padding, dilation, groups = ctx.settings
+            y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
             found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
             return (*(next(found) if need else None for need in needs), None)
         grads = _backward(grad, x, weight, bias, ctx.live, ctx.settings, needs)
@@ -112,11 +113,11 @@ def _backward(
 class DeadChannelSkipper:
     """Runs convolutions over live channels only, where that is measured to be faster.
 
-    While channels are dead, two hooks on each convolution that has some exchange its inner call for ``masked_conv2d``. The first
-    batch after a tenth of a layer's work has died is computed both ways, forward and backward, until skipping wins: from
-    then on it is used, since it only becomes cheaper. The plain call remains under autocast, in ``torch.compile``, for dtypes
-    that the kernel does not take, with ``torch.use_deterministic_algorithms`` (the choice depends on the clock, and
-    rounding on the choice), and without the compiled extension.
+    While channels are dead, two hooks on each convolution that has some exchange its inner call for ``masked_conv2d``. The
+    first batch after a tenth of a layer's work has died is computed both ways, forward and backward, until skipping wins:
+    from then on it is used, since it only becomes cheaper. The plain call remains under autocast, in ``torch.compile``,
+    for dtypes that the kernel does not take, with ``torch.use_deterministic_algorithms`` (the choice depends on the
+    clock, and rounding on the choice), and without the compiled extension.
 
     Args:
         model: on its device; gets hooks, loses them in :meth:`detach`.
@@ -216,7 +217,7 @@ def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         won = _faster(layer, x.detach(), weight.detach(), None if bias is None else bias.detach(), needs)
         layer.verdicts[key] = (decile, won)
     if won:
-        result: Tensor = _MaskedConv.apply(x, weight, bias, layer)  # type: ignore[no-untyped-call]
+        result: Tensor = _MaskedConv.apply(x, weight, bias, layer)
         return result
     return type(layer.module)._conv_forward(layer.module, x, weight, bias)
 
