@@ -58,6 +58,16 @@ LP_HD int64_t packed_offset(int64_t o, int64_t c, int64_t tap, int64_t outputs, 
   return g * width * depth + panel * kPanel * depth + (tap * channels_per_group + c) * lanes + local % kPanel;
 }
 
+// Behind the direct layout a packed 3x3 float32 weight may carry its Winograd transform, in the same panels with
+// (tile + 2)^2 points for taps. The size of a packed tensor says which: 0 (none), 2 or 4; -1 for a size that is none of these.
+LP_HD int packed_tile(int64_t size, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw, int64_t groups) {
+  const int64_t direct = packed_size(outputs, channels_per_group, kh * kw, groups);
+  if (size == direct) return 0;
+  if (kh != 3 || kw != 3 || groups != 1) return -1;
+  if (size == direct + packed_size(outputs, channels_per_group, 16, 1)) return 2;
+  return size == direct + packed_size(outputs, channels_per_group, 36, 1) ? 4 : -1;
+}
+
 // What a CPU kernel needs from its caller: threads and scratch memory. `parallel` splits [0, n) over the caller's pool;
 // `alloc` is only called from the calling thread and its memory lives until the caller frees the whole call's scratch.
 struct Env {
@@ -99,9 +109,10 @@ struct CompactForward {
   DType dtype;
   View x, residual, y;  // residual.data == nullptr: none
   const void* packed;
+  int tile;  // of the Winograd weights in `packed`; 0: none
   const void* bias;
   IndexList in_index, out_index;
-  int64_t y_channels;
+  int64_t x_channels, y_channels;
   Act act;
 };
 

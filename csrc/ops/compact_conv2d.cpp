@@ -26,15 +26,32 @@ DType storage_type(ScalarType t) {
                                      : DType::f32;
 }
 
-Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups) {
+// "auto": Winograd where it was faster than the direct kernels at every map from 7x7 up.
+int parse_algorithm(const char* op, const std::string& name, const Tensor& weight, int64_t groups) {
+  const bool fits = weight.size(2) == 3 && weight.size(3) == 3 && groups == 1 && !weight.is_cuda() &&
+                    weight.scalar_type() == ScalarType::Float;
+  if (name == "auto") return fits && weight.size(0) >= 8 && weight.size(1) >= 8 ? 4 : 0;
+  if (name == "direct") return 0;
+  if (name != "winograd2" && name != "winograd4")
+    fail(op, ": algorithm must be one of auto, direct, winograd2, winograd4; got '", name, "'");
+  if (!fits)
+    fail(op, ": algorithm '", name, "' takes float32 weights of shape (O, C, 3, 3) on the CPU with groups=1; got ",
+         dtype_name(weight.scalar_type()), " of shape ", show_shape(weight), weight.is_cuda() ? " on CUDA" : "",
+         " with groups=", groups);
+  return name == "winograd2" ? 2 : 4;
+}
+
+Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups, const std::string& algorithm) {
   const char* op = "pack_conv2d_weight";
   if (weight.dim() != 4) fail(op, ": weight must be 4-D (O, C / groups, kh, kw); got shape ", show_shape(weight));
   if (groups < 1 || weight.size(0) % groups)
     fail(op, ": groups must divide the ", weight.size(0), " output channels; got groups=", groups);
   const ScalarType type = compute_type(op, "weight", weight);
   const Tensor w = weight.scalar_type() == type ? weight : torch::stable::to(weight, type);
-  const int64_t taps = w.size(2) * w.size(3);
-  Tensor packed = torch::stable::empty(Sizes{packed_size(w.size(0), w.size(1), taps, groups)}, type, std::nullopt, w.device());
+  const int tile = parse_algorithm(op, algorithm, weight, groups);
+  const int64_t direct = packed_size(w.size(0), w.size(1), w.size(2) * w.size(3), groups);
+  const int64_t transformed = tile == 0 ? 0 : packed_size(w.size(0), w.size(1), (tile + 2) * (tile + 2), 1);
+  Tensor packed = torch::stable::empty(Sizes{direct + transformed}, type, std::nullopt, w.device());
   const DType dtype = storage_type(type);
   Scratch scratch(w);
   if (w.is_cuda()) {
@@ -42,6 +59,8 @@ Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups) {
     pack_cuda(view_of(w), dtype, w.size(0), w.size(1), w.size(2), w.size(3), groups, packed.data_ptr(), current_stream(w));
   } else {
     pack_cpu(view_of(w), dtype, w.size(0), w.size(1), w.size(2), w.size(3), groups, packed.data_ptr(), scratch.env());
+    if (tile != 0)
+      pack_winograd_cpu(view_of(w), w.size(0), w.size(1), tile, static_cast<float*>(packed.data_ptr()) + direct, scratch.env());
   }
   return packed;
 }
@@ -58,7 +77,8 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
   if (in_index) in = index_argument(op, "in_index", *in_index, x_channels, Order::any, x);
   const ConvShape s = conv_shape(op, x, weight_shape, stride, padding, dilation, groups, in ? in->size(0) : x_channels);
   const int64_t size = packed_size(s.outputs, s.channels / s.groups, s.kh * s.kw, s.groups);
-  if (packed.dim() != 1 || packed.size(0) != size || packed.is_cuda() != x.is_cuda())
+  const int tile = packed.dim() == 1 ? packed_tile(packed.size(0), s.outputs, s.channels / s.groups, s.kh, s.kw, s.groups) : -1;
+  if (tile < 0 || packed.is_cuda() != x.is_cuda())
     fail(op, ": packed must have shape (", size, ") and be on x's device for weight_shape ", show(weight_shape), "; got ",
          show_shape(packed), " (make it with pack_conv2d_weight(weight, groups))");
   if (compute_type(op, "packed", packed) != type)
@@ -97,9 +117,11 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
   if (residual) f.residual = view_of(*residual);
   f.y = view_of(y);
   f.packed = weights.data_ptr();
+  f.tile = tile;
   f.bias = data_of(shift);
   f.in_index = IndexList{in ? static_cast<const int64_t*>(in->data_ptr()) : nullptr, s.channels};
   f.out_index = IndexList{out ? static_cast<const int64_t*>(out->data_ptr()) : nullptr, s.outputs};
+  f.x_channels = x_channels;
   f.y_channels = y_channels;
   f.act = parse_activation(op, activation);
   Scratch scratch(x);
@@ -115,7 +137,7 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
-  m.def("pack_conv2d_weight(Tensor weight, int groups) -> Tensor");
+  m.def("pack_conv2d_weight(Tensor weight, int groups, str algorithm=\"direct\") -> Tensor");
   m.def(
       "compact_conv2d(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor? in_index, Tensor? out_index, "
       "int[4] weight_shape, int[2] stride, int[2] padding, int[2] dilation, int groups, str activation) -> Tensor");

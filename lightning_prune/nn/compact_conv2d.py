@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,10 @@ class CompactConv2d(nn.Module):
         out_index: int64 channels of the residual to which the outputs are added, or None.
         device: of the buffers.
         dtype: of the buffers.
+        exact: never use Winograd convolution, whose rounding errors differ from those of the plain sum.
+
+    ``state_dict`` holds the plain packed weight, whatever the algorithm; what the algorithm needs besides is computed
+    again when a state is loaded or the module is converted.
 
     Example:
         >>> import torch
@@ -83,11 +87,13 @@ class CompactConv2d(nn.Module):
         out_index: Tensor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__()
         self.weight_shape = [int(size) for size in weight_shape]
         self.stride, self.padding, self.dilation = pair(stride), pair(padding), pair(dilation)
         self.groups = groups
+        self.exact = exact
         self.activation = activation_name(activation)
         if in_index is not None and in_index.numel() != self.in_channels:
             raise ValueError(
@@ -124,6 +130,34 @@ class CompactConv2d(nn.Module):
         """The folded weight, unpacked; shape ``weight_shape``."""
         return ops.unpack_conv2d_weight(self.packed, self.weight_shape, self.groups)
 
+    @property
+    def _algorithm(self) -> str:
+        plain = tuple(self.stride) == (1, 1) and tuple(self.dilation) == (1, 1)
+        return "auto" if plain and not self.exact else "direct"
+
+    def _pack(self, weight: Tensor) -> None:
+        self.packed = ops.pack_conv2d_weight(weight, self.groups, self._algorithm).to(weight.dtype)
+
+    def _plain_packed(self) -> Tensor:
+        size = packed_size(self.weight_shape, self.groups)
+        return self.packed if self.packed.numel() == size else self.packed[:size].clone()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "packed"] = self._plain_packed()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.packed = self._plain_packed()
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pack(self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompactConv2d:
+        before = self.packed
+        super()._apply(fn, recurse)
+        if self.packed.dtype != before.dtype or self.packed.device != before.device:
+            self._pack(self.weight)
+        return self
+
     @classmethod
     def from_conv(
         cls,
@@ -132,6 +166,7 @@ class CompactConv2d(nn.Module):
         activation: str | nn.Module | None = None,
         in_index: Tensor | None = None,
         out_index: Tensor | None = None,
+        exact: bool = False,
     ) -> CompactConv2d:
         """Fold a convolution, its norm (in eval mode) and its activation into one module.
 
@@ -141,6 +176,7 @@ class CompactConv2d(nn.Module):
             activation: a name, one of the torch modules the operator knows, or None.
             in_index: see the class.
             out_index: see the class.
+            exact: see the class.
 
         Raises:
             ValueError: a padding, norm or activation that cannot be folded; the message says which and what to do.
@@ -161,8 +197,9 @@ class CompactConv2d(nn.Module):
             out_index,
             weight.device,
             weight.dtype,
+            exact,
         )
-        module.packed = ops.pack_conv2d_weight(weight, conv.groups).to(weight.dtype)
+        module._pack(weight)
         if bias is not None:
             module.bias = bias.clone()
         return module
@@ -198,5 +235,6 @@ class CompactConv2d(nn.Module):
         text += f", stride={tuple(self.stride)}, padding={tuple(self.padding)}"
         text += f", dilation={tuple(self.dilation)}, groups={self.groups}"
         text += f", bias={self.bias is not None}, activation={self.activation}"
+        text += ", exact=True" if self.exact else ""
         text += "" if self.in_index is None else f", in_index={self.in_index.numel()}"
         return text + ("" if self.out_index is None else f", out_index={self.out_index.numel()}")

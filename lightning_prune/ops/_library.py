@@ -84,10 +84,12 @@ def _masked_conv2d_backward_fake(
     )
 
 
-def _pack_fake(weight: Tensor, groups: int) -> Tensor:
+def _pack_fake(weight: Tensor, groups: int, algorithm: str = "direct") -> Tensor:
     from lightning_prune.ops.reference import compute_dtype, packed_size
+    from lightning_prune.ops.winograd import winograd_tile
 
-    return weight.new_empty((packed_size(tuple(weight.shape), groups),), dtype=compute_dtype(weight.dtype))
+    size = packed_size(tuple(weight.shape), groups, winograd_tile(weight, groups, algorithm))
+    return weight.new_empty((size,), dtype=compute_dtype(weight.dtype))
 
 
 def _compact_conv2d_fake(

@@ -15,24 +15,29 @@ from lightning_prune.ops.reference import unpack_conv2d_weight
 __all__ = ["compact_conv2d", "pack_conv2d_weight", "unpack_conv2d_weight"]
 
 
-def pack_conv2d_weight(weight: Tensor, groups: int = 1) -> Tensor:
+def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct") -> Tensor:
     """Rearrange a convolution weight for :func:`compact_conv2d`.
 
     Args:
         weight: shape (O, C / groups, kh, kw); float32, float64, bfloat16 or float16.
         groups: of the convolution.
+        algorithm: ``direct`` sums the products in the order of the definition. ``winograd2`` and ``winograd4`` add the
+            weight transformed for Winograd convolution with output tiles of 2x2 and 4x4 (float32, 3x3, groups=1, CPU;
+            2.8 and 5 times the memory); it is used for stride and dilation 1 and does a half and a quarter of the
+            multiplications. ``auto`` takes ``winograd4`` where it applies and there are at least 8 inputs and outputs.
 
     Returns:
         1-D tensor on the weight's device; float64 for float64 weights, else float32. Its layout does not depend on the
         CPU or the device, so it may be saved and loaded elsewhere. ``unpack_conv2d_weight`` is the inverse.
 
     Raises:
-        RuntimeError: the weight is not 4-D or ``groups`` does not divide its outputs (ValueError in the fallback).
+        RuntimeError: the weight is not 4-D, ``groups`` does not divide its outputs, or the algorithm does not take the
+            weight (ValueError in the fallback).
     """
     with torch.no_grad():
         if can_run_compact_conv2d(weight).ok:
-            return torch.ops.lightning_prune.pack_conv2d_weight(weight, groups)
-        return reference.pack_conv2d_weight(weight, groups)
+            return torch.ops.lightning_prune.pack_conv2d_weight(weight, groups, algorithm)
+        return reference.pack_conv2d_weight(weight, groups, "direct" if algorithm == "auto" else algorithm)
 
 
 def compact_conv2d(
@@ -74,6 +79,11 @@ def compact_conv2d(
 
     Raises:
         RuntimeError: a shape, dtype, device or index does not fit (ValueError or RuntimeError in the fallback).
+
+    Accuracy in float32, as the largest error of a map over its largest sum of ``|x| * |weight|``, against float64: at
+    most 5e-6 for the direct and the 4x4 Winograd algorithm, 2.5e-6 for the 2x2 one. The tests hold it for up to 700
+    channels with random values, values over eight orders of magnitude, large offsets, spikes and alternating signs. An
+    output of a Winograd tile has an error relative to the largest sum of its tile, not to its own.
 
     There is no gradient: an input that requires one is computed by the reference, which has one.
     """

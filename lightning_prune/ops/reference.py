@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_prune.ops.winograd import transform_weight, transformed_shape, winograd_tile
+
 _PANEL = 16
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -102,12 +104,19 @@ def _is_depthwise(weight_shape: Sequence[int], groups: int) -> bool:
     return weight_shape[1] == 1 and groups > 1
 
 
-def packed_size(weight_shape: Sequence[int], groups: int) -> int:
-    """Number of elements of the packed form of a weight; csrc/include/lp_params.h describes the layout."""
+def packed_size(weight_shape: Sequence[int], groups: int, tile: int = 0) -> int:
+    """Number of elements of the packed form of a weight; csrc/include/lp_params.h describes the layout.
+
+    Args:
+        weight_shape: (O, C / groups, kh, kw).
+        groups: of the convolution.
+        tile: 2 or 4 with the transformed weights of that Winograd tile, 0 without.
+    """
     outputs, channels, height, width = weight_shape
     if _is_depthwise(weight_shape, groups):
         return outputs * height * width
-    return groups * _packed_width(outputs // groups) * channels * height * width
+    size = groups * _packed_width(outputs // groups) * channels * height * width
+    return size if tile == 0 else size + packed_size(transformed_shape(weight_shape, tile), 1)
 
 
 @lru_cache(maxsize=64)
@@ -136,17 +145,18 @@ def check_packable(weight_shape: Sequence[int], groups: int) -> None:
         raise ValueError(f"groups must divide the {weight_shape[0]} output channels; got groups={groups}")
 
 
-def pack_conv2d_weight(weight: Tensor, groups: int = 1) -> Tensor:
+def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct") -> Tensor:
     """Reference of :func:`lightning_prune.ops.pack_conv2d_weight`."""
     check_packable(weight.shape, groups)
+    tile = winograd_tile(weight, groups, algorithm)
     shape = (weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3])
     packed = weight.new_zeros(packed_size(shape, groups), dtype=compute_dtype(weight.dtype))
     packed[_packed_positions(shape, groups).to(weight.device)] = weight.to(packed.dtype)
-    return packed
+    return packed if tile == 0 else torch.cat([packed, pack_conv2d_weight(transform_weight(weight, tile))])
 
 
 def unpack_conv2d_weight(packed: Tensor, weight_shape: Sequence[int], groups: int = 1) -> Tensor:
-    """The weight that was packed; shape ``weight_shape``, dtype of ``packed``.
+    """The weight that was packed, for whatever algorithm; shape ``weight_shape``, dtype of ``packed``.
 
     Raises:
         ValueError: ``packed`` is not the packed form of a weight of this shape.
@@ -154,7 +164,8 @@ def unpack_conv2d_weight(packed: Tensor, weight_shape: Sequence[int], groups: in
     check_packable(weight_shape, groups)
     shape = (int(weight_shape[0]), int(weight_shape[1]), int(weight_shape[2]), int(weight_shape[3]))
     expected = packed_size(shape, groups)
-    if packed.dim() != 1 or packed.shape[0] != expected:
+    tiles = (0, 2, 4) if shape[2:] == (3, 3) and groups == 1 else (0,)
+    if packed.dim() != 1 or packed.shape[0] not in {packed_size(shape, groups, tile) for tile in tiles}:
         raise ValueError(
             f"packed must have shape ({expected},) for weight_shape {shape}; got {tuple(packed.shape)}"
         )

@@ -81,7 +81,7 @@ extern "C" void emulate_backward(const int64_t* shape, double* gy, const int64_t
 
 extern "C" void emulate_compact(const int64_t* shape, double* x, const int64_t* xs, const double* packed, const double* bias,
                                 double* residual, double* y, const int64_t* ys, const int64_t* in_index, int64_t ins,
-                                const int64_t* out_index, int64_t outs, int64_t y_channels, int act) {
+                                const int64_t* out_index, int64_t outs, int64_t x_channels, int64_t y_channels, int act) {
   lp::CompactForward f{};
   f.shape = *reinterpret_cast<const lp::ConvShape*>(shape);
   f.dtype = lp::DType::f64;
@@ -92,6 +92,7 @@ extern "C" void emulate_compact(const int64_t* shape, double* x, const int64_t* 
   f.bias = bias;
   f.in_index = {in_index, ins};
   f.out_index = {out_index, outs};
+  f.x_channels = x_channels;
   f.y_channels = y_channels;
   f.act = lp::Act(act);
   run(lp::cuda::CompactProblem<double, double>{f}, f.shape.groups);

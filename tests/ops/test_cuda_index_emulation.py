@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_prune import ops
 from lightning_prune.ops import reference
@@ -116,11 +117,13 @@ def test_masked_forward_and_backward(emulator: ctypes.CDLL, case: ConvCase) -> N
             assert error(result, torch.zeros_like(leaf) if grad is None else grad) < TOLERANCE[torch.float64]
 
 
-@given(case=conv_cases((torch.float64,)))
+@given(case=conv_cases((torch.float64,)), outside=st.sampled_from([None, -1, 10**9]))
 @settings(max_examples=40, deadline=None)
-def test_compact(emulator: ctypes.CDLL, case: ConvCase) -> None:
+def test_compact(emulator: ctypes.CDLL, case: ConvCase, outside: int | None) -> None:
     x, weight, bias, _, _, _ = case.tensors(CPU)
     in_index = torch.randperm(case.inputs, generator=case.generator)
+    if outside is not None:  # the kernel cannot raise: what no channel belongs to reads as zero
+        x[:, in_index[0]] = 0
     packed = reference.pack_conv2d_weight(weight, case.groups)
     plain = reference.compact_conv2d(x, packed, None, None, in_index, None, case.weight_shape, *case.settings)
     width = case.outputs + 3
@@ -132,6 +135,8 @@ def test_compact(emulator: ctypes.CDLL, case: ConvCase) -> None:
     y = reference.activation_function(case.activation)(
         residual
     ).contiguous()  # what the residual kernel writes
+    if outside is not None:
+        in_index[0] = outside
     emulator.emulate_compact(
         shape_of(case, x, plain),
         pointer(x),
@@ -143,6 +148,7 @@ def test_compact(emulator: ctypes.CDLL, case: ConvCase) -> None:
         strides(y),
         *index(in_index, case.inputs),
         *index(out_index, case.outputs),
+        ctypes.c_int64(case.inputs),
         ctypes.c_int64(width),
         ctypes.c_int(ACTIVATION_NUMBER[case.activation]),
     )

@@ -15,6 +15,56 @@ void pack(const View& w, int64_t outputs, int64_t channels_per_group, int64_t kh
             static_cast<const S*>(w.data)[o * w.n + c * w.c + t / kw * w.h + t % kw * w.w];
 }
 
+// Transformed in double and rounded once: G g G^T, with the points of kernels/cpu/winograd.h.
+void pack_transformed(const View& w, int64_t outputs, int64_t channels, int tile, float* packed, const Env& env) {
+  static const double g2[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
+  static const double a = 0.70710678118654752440, b = 1.41421356237309504880;
+  static const double g4[6][3] = {{1, 0, 0},
+                                  {-1 / 1.5, -a / 1.5, -.5 / 1.5},
+                                  {-1 / 1.5, a / 1.5, -.5 / 1.5},
+                                  {1 / 6., b / 6., 2 / 6.},
+                                  {1 / 6., -b / 6., 2 / 6.},
+                                  {0, 0, 1}};
+  struct Context {
+    const View& w;
+    int64_t outputs, channels;
+    int points;
+    const double (*g)[3];
+    float* packed;
+  } context{w, outputs, channels, tile + 2, tile == 2 ? g2 : g4, packed};
+  std::memset(packed, 0, size_t(packed_size(outputs, channels, context.points * context.points, 1)) * sizeof(float));
+  env.parallel(
+      outputs,
+      [](int64_t begin, int64_t end, void* ctx) {
+        const Context& c = *static_cast<Context*>(ctx);
+        const int n = c.points;
+        for (int64_t o = begin; o < end; ++o)
+          for (int64_t k = 0; k < c.channels; ++k) {
+            const float* src = static_cast<const float*>(c.w.data) + o * c.w.n + k * c.w.c;
+            double half[6][3];
+            for (int i = 0; i < n; ++i)
+              for (int j = 0; j < 3; ++j) {
+                half[i][j] = 0;
+                for (int t = 0; t < 3; ++t) half[i][j] += c.g[i][t] * double(src[t * c.w.h + j * c.w.w]);
+              }
+            for (int i = 0; i < n; ++i)
+              for (int j = 0; j < n; ++j) {
+                double sum = 0;
+                for (int t = 0; t < 3; ++t) sum += half[i][t] * c.g[j][t];
+                c.packed[packed_offset(o, k, i * n + j, c.outputs, c.channels, n * n, 1)] = float(sum);
+              }
+          }
+      },
+      &context);
+}
+
+// Winograd pays when there are enough tiles to use each of its many weights more than a few times.
+bool use_winograd(const CompactForward& f) {
+  const ConvShape& s = f.shape;
+  if (f.tile == 0 || f.dtype != DType::f32 || s.groups != 1) return false;
+  return s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dil_h == 1 && s.dil_w == 1 && s.channels > 0;
+}
+
 template <class T>
 void compact(const CompactForward& f, const Env& env) {
   const ConvShape& s = f.shape;
@@ -85,6 +135,11 @@ void compact(const CompactForward& f, const Env& env) {
   p.weight_begin = begin;
   p.shift = f.bias;
   p.depthwise = depthwise;
+  if (use_winograd(f)) {
+    p.weight = static_cast<const float*>(f.packed) + packed_size(s.outputs, s.channels, 9, 1);
+    level().winograd(p, f.tile, env);
+    return;
+  }
   run_conv(f.dtype, p, env);
 }
 
@@ -94,6 +149,10 @@ void pack_cpu(const View& weight, DType dtype, int64_t outputs, int64_t channels
               int64_t groups, void* packed, const Env&) {
   dtype == DType::f64 ? pack(weight, outputs, channels_per_group, kh, kw, groups, static_cast<double*>(packed))
                       : pack(weight, outputs, channels_per_group, kh, kw, groups, static_cast<float*>(packed));
+}
+
+void pack_winograd_cpu(const View& weight, int64_t outputs, int64_t channels, int tile, float* packed, const Env& env) {
+  pack_transformed(weight, outputs, channels, tile, packed, env);
 }
 
 void compact_forward_cpu(const CompactForward& f, const Env& env) {

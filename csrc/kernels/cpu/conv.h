@@ -120,60 +120,6 @@ static const TileSet<T>& depthwise_tiles() {
   return set;
 }
 
-// Where a task's pixels read and write.
-template <class T>
-struct PixelTable {
-  const T** in;
-  int64_t* out;
-  int64_t* residual;
-};
-
-// Affine, residual, activation on a tile in L1, then the store in the output's own layout and type.
-template <class S, class T>
-static void epilogue(const TapConv& p, T* tile_out, int64_t ld, const PixelTable<T>& table, int64_t pixel0, int64_t pixels,
-                     int64_t first, int64_t count) {
-  const T* scale = p.scale ? static_cast<const T*>(p.scale) + first : nullptr;
-  const T* shift = p.shift ? static_cast<const T*>(p.shift) + first : nullptr;
-  const int64_t* channel = p.out_channel + first;
-  const bool consecutive = is_run(channel, count);
-  for (int64_t j = 0; j < pixels; ++j) {
-    T* row = tile_out + j * ld;
-    if (scale)
-      for (int64_t o = 0; o < count; ++o) row[o] *= scale[o];
-    if (shift)
-      for (int64_t o = 0; o < count; ++o) row[o] += shift[o];
-    if (p.residual.data) {
-      const S* residual = static_cast<const S*>(p.residual.data) + table.residual[pixel0 + j];
-      for (int64_t o = 0; o < count; ++o) row[o] += to_acc(residual[channel[o] * p.residual.c]);
-    }
-  }
-  with_act(p.act, [&](auto act) {
-    if constexpr (decltype(act)::value != Act::none) {
-      const int64_t width = (count + 7) / 8 * 8;
-      for (int64_t j = 0; j < pixels; ++j)
-        for (int64_t o = 0; o < width; ++o) tile_out[j * ld + o] = activate<decltype(act)::value>(tile_out[j * ld + o]);
-    }
-  });
-  S* out = static_cast<S*>(p.out.data);
-  if (p.out.c == 1) {
-    for (int64_t j = 0; j < pixels; ++j) {
-      const T* row = tile_out + j * ld;
-      S* dst = out + table.out[pixel0 + j];
-      if (consecutive) {
-        dst += channel[0];
-        for (int64_t o = 0; o < count; ++o) from_acc(row[o], dst[o]);
-      } else {
-        for (int64_t o = 0; o < count; ++o) from_acc(row[o], dst[channel[o]]);
-      }
-    }
-    return;
-  }
-  for (int64_t o = 0; o < count; ++o) {
-    S* plane = out + channel[o] * p.out.c;
-    for (int64_t j = 0; j < pixels; ++j) from_acc(tile_out[j * ld + o], plane[table.out[pixel0 + j]]);
-  }
-}
-
 template <class S, class T>
 static void run_panels(const TapConv& p, const TileSet<T>& set, const T* weight, int64_t panel_stride, const int64_t* run_at,
                        const int64_t* run_length, int runs, const PixelTable<T>& table, int64_t pixels, int64_t first,

@@ -6,6 +6,9 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "tap_conv.h"
 
@@ -20,7 +23,9 @@ namespace LP_ISA {
 #include "simd.h"
 // clang-format off: each header builds on the one before
 #include "stage.h"
+#include "epilogue.h"
 #include "conv.h"
+#include "winograd.h"
 #include "weight_grad.h"
 // clang-format on
 }  // namespace LP_ISA
@@ -30,6 +35,7 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
   static const CpuKernels table = {
       LP_STRING(LP_ISA),
       {LP_ISA::conv<float>, LP_ISA::conv<double>, LP_ISA::conv<LP_ISA::bf16>, LP_ISA::conv<LP_ISA::f16>},
+      LP_ISA::winograd,
       {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
       {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>}};
   return table;

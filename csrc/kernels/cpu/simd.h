@@ -25,6 +25,56 @@ struct Simd {
   static constexpr int lanes = Bytes / int(sizeof(T));
 };
 
+template <class V>
+using ScalarOf = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<V>()[0])>>;
+
+template <class V>
+static inline V load(const ScalarOf<V>* p) {
+  return *reinterpret_cast<const typename Simd<ScalarOf<V>, sizeof(V)>::mem*>(p);
+}
+template <class V>
+static inline void store(ScalarOf<V>* p, V v) {
+  *reinterpret_cast<typename Simd<ScalarOf<V>, sizeof(V)>::mem*>(p) = v;
+}
+
+// The first `count` lanes; nothing behind them is touched. Pieces of a power of two, because masked moves are slow on some
+// AVX2 machines.
+template <class V>
+static inline V load_part(const ScalarOf<V>* p, int64_t count) {
+  using T = ScalarOf<V>;
+  constexpr int64_t lanes = sizeof(V) / sizeof(T);
+  if (count >= lanes) return load<V>(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return V(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
+#endif
+  alignas(64) T part[lanes] = {};
+  int64_t at = 0;
+  if (lanes > 8 && (count & 8)) memcpy(part, p, 8 * sizeof(T)), at = 8;
+  if (lanes > 4 && (count & 4)) memcpy(part + at, p + at, 4 * sizeof(T)), at += 4;
+  if (lanes > 2 && (count & 2)) memcpy(part + at, p + at, 2 * sizeof(T)), at += 2;
+  if (count & 1) part[at] = p[at];
+  return load<V>(part);
+}
+template <class V>
+static inline void store_part(ScalarOf<V>* p, V v, int64_t count) {
+  using T = ScalarOf<V>;
+  constexpr int64_t lanes = sizeof(V) / sizeof(T);
+  if (count >= lanes) return store<V>(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(v));
+    return;
+  }
+#endif
+  alignas(64) T part[lanes];
+  store<V>(part, v);
+  int64_t at = 0;
+  if (lanes > 8 && (count & 8)) memcpy(p, part, 8 * sizeof(T)), at = 8;
+  if (lanes > 4 && (count & 4)) memcpy(p + at, part + at, 4 * sizeof(T)), at += 4;
+  if (lanes > 2 && (count & 2)) memcpy(p + at, part + at, 2 * sizeof(T)), at += 2;
+  if (count & 1) p[at] = part[at];
+}
+
 static inline float to_acc(float v) { return v; }
 static inline double to_acc(double v) { return v; }
 static inline float to_acc(bf16 v) {

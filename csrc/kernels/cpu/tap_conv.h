@@ -50,7 +50,8 @@ struct ActGrad {
 
 struct CpuKernels {
   const char* name;
-  void (*conv[4])(const TapConv&, const Env&);  // by DType
+  void (*conv[4])(const TapConv&, const Env&);             // by DType
+  void (*winograd)(const TapConv&, int tile, const Env&);  // float32, one group, 3x3, stride 1; weight transformed
   void (*weight_grad[2])(const TapWeightGrad&, const Env&);
   void (*act_grad[2])(const ActGrad&, const Env&);
 };
@@ -71,5 +72,7 @@ void masked_backward_cpu(const MaskedBackward&, const Env&);
 void compact_forward_cpu(const CompactForward&, const Env&);
 void pack_cpu(const View& weight, DType dtype, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw,
               int64_t groups, void* packed, const Env&);
+// The transformed weights of Winograd F(tile x tile, 3x3), as panels of (tile + 2)^2 taps.
+void pack_winograd_cpu(const View& weight, int64_t outputs, int64_t channels, int tile, float* packed, const Env&);
 
 }  // namespace lp

@@ -170,7 +170,9 @@ struct CompactProblem {
     const int64_t tap = k / g.in_count, local = k % g.in_count;
     return Depth{f.in_index[g.in_begin + local], tap / f.shape.kw, tap % f.shape.kw, local};
   }
-  LP_HD T a(const Group&, const Row& r, const Depth& d) const { return input_at<T, S>(f.shape, f.x, d.channel, r, d.kh, d.kw); }
+  LP_HD T a(const Group&, const Row& r, const Depth& d) const {
+    return valid(d.channel, f.x_channels) ? input_at<T, S>(f.shape, f.x, d.channel, r, d.kh, d.kw) : T(0);
+  }
   LP_HD T b(const Group& g, const Depth& d, int64_t col) const {
     return static_cast<const T*>(f.packed)[packed_offset(g.out_begin + col, d.local, d.kh * f.shape.kw + d.kw, f.shape.outputs,
                                                          g.in_count, f.shape.kh * f.shape.kw, f.shape.groups)];

@@ -1,0 +1,211 @@
+"""Winograd convolution: against the reference over ragged widths and edges, and its accuracy against float64."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_prune import ops
+from lightning_prune.nn import CompactConv2d
+from lightning_prune.ops import reference
+from lightning_prune.ops.winograd import transform_matrix, transform_weight
+from tests.ops.conv_cases import error
+
+OP = torch.ops.lightning_prune
+CHANNELS = st.sampled_from([1, 2, 3, 8, 13, 16, 17, 29, 31, 32, 33, 37, 48, 50, 64, 90])
+ALGORITHMS = ("direct", "winograd2", "winograd4")
+
+
+@given(
+    data=st.data(),
+    algorithm=st.sampled_from(["winograd2", "winograd4"]),
+    batch=st.sampled_from([0, 1, 2, 5]),
+    inputs=CHANNELS,
+    outputs=CHANNELS,
+    size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+)
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_matches_the_reference(
+    target: torch.device,
+    data: st.DataObject,
+    algorithm: str,
+    batch: int,
+    inputs: int,
+    outputs: int,
+    size: tuple[int, int],
+    padding: tuple[int, int],
+) -> None:
+    if target.type == "cuda":
+        pytest.skip("Winograd weights are packed on the CPU")
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999), label="seed"))
+    height, width = (max(s, 3 - 2 * p) for s, p in zip(size, padding, strict=True))
+    weight = torch.randn(outputs, inputs, 3, 3, generator=generator)
+    in_index = residual = out_index = None
+    channels = inputs
+    if data.draw(st.booleans(), label="gather"):
+        channels = inputs + 5
+        in_index = torch.randperm(channels, generator=generator)[:inputs]
+    x = torch.randn(batch, channels, height, width, generator=generator)
+    if data.draw(st.booleans(), label="channels_last"):
+        x = x.to(memory_format=torch.channels_last)
+    bias = torch.randn(outputs, generator=generator) if data.draw(st.booleans(), label="bias") else None
+    kind = data.draw(st.sampled_from(["none", "same", "scatter"]), label="residual")
+    if kind != "none":
+        total = outputs + (7 if kind == "scatter" else 0)
+        out_size = height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
+        residual = torch.randn(batch, total, *out_size, generator=generator)
+        if data.draw(st.booleans(), label="residual channels_last"):
+            residual = residual.to(memory_format=torch.channels_last)
+        if kind == "scatter":
+            out_index = torch.randperm(total, generator=generator)[:outputs]
+    activation = data.draw(st.sampled_from(sorted(ops.ACTIVATIONS)), label="activation")
+    arguments = (in_index, out_index, [outputs, inputs, 3, 3], [1, 1], list(padding), [1, 1], 1, activation)
+    packed = ops.pack_conv2d_weight(weight, 1, algorithm)
+    y = ops.compact_conv2d(x, packed, bias, residual, *arguments)
+    double = [None if t is None else t.double() for t in (x, packed, bias, residual)]
+    expected = reference.compact_conv2d(*double, *arguments)
+    assert y.shape == expected.shape
+    assert error(y, expected) < 2e-5
+
+
+@pytest.mark.parametrize("algorithm", ["winograd2", "winograd4"])
+def test_packed_is_the_direct_layout_and_the_transform(algorithm: str) -> None:
+    weight = torch.randn(21, 13, 3, 3)
+    packed = ops.pack_conv2d_weight(weight, 1, algorithm)
+    expected = reference.pack_conv2d_weight(weight, 1, algorithm)
+    torch.testing.assert_close(packed, expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(ops.unpack_conv2d_weight(packed, weight.shape), weight)
+    tile = int(algorithm[-1])
+    tail = packed[reference.packed_size(weight.shape, 1) :]
+    transformed = ops.unpack_conv2d_weight(tail, (21, 13, tile + 2, tile + 2))
+    torch.testing.assert_close(transformed, transform_weight(weight, tile), rtol=1e-6, atol=1e-7)
+    assert transform_matrix(tile).shape == (tile + 2, 3)
+
+
+def relative_errors(x: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:
+    """Largest error over the largest sum of |products|, the scale at which rounding happens."""
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    scale = F.conv2d(x.double().abs(), weight.double().abs(), padding=1).max()
+    shape = list(weight.shape)
+    x = x.to(memory_format=torch.channels_last)
+    errors = {}
+    for algorithm in ALGORITHMS:
+        packed = ops.pack_conv2d_weight(weight, 1, algorithm)
+        y = ops.compact_conv2d(x, packed, None, None, None, None, shape, 1, 1)
+        errors[algorithm] = float((y.double() - exact).abs().max() / scale)
+    return errors
+
+
+def inputs_of(kind: str, channels: int, generator: torch.Generator) -> torch.Tensor:
+    x = torch.randn(1, channels, 14, 14, generator=generator)
+    if kind == "offset":
+        return x + 100
+    if kind == "range":  # eight orders of magnitude between neighbouring values
+        return x * 10 ** (8 * torch.rand(x.shape, generator=generator) - 4)
+    if kind == "spikes":
+        return x + 1e4 * (torch.rand(x.shape, generator=generator) < 0.01)
+    if kind == "alternating":  # the sign pattern that the transforms amplify most
+        return torch.ones_like(x) * (torch.arange(14) % 2 * 2 - 1) * (torch.arange(14)[:, None] % 2 * 2 - 1)
+    return x.relu() if kind == "relu" else x
+
+
+# The bounds that the docstring of compact_conv2d states.
+BOUND = {"direct": 5e-6, "winograd2": 2.5e-6, "winograd4": 5e-6}
+
+
+@pytest.mark.parametrize("kind", ["normal", "relu", "offset", "range", "spikes", "alternating"])
+@pytest.mark.parametrize("channels", [3, 64, 700])
+def test_accuracy(target: torch.device, kind: str, channels: int) -> None:
+    if target.type == "cuda":
+        pytest.skip("Winograd weights are packed on the CPU")
+    generator = torch.Generator().manual_seed(channels)
+    x = inputs_of(kind, channels, generator)
+    for weight_kind in ("normal", "alternating"):
+        weight = torch.randn(24, channels, 3, 3, generator=generator)
+        if weight_kind == "alternating":
+            weight = weight.abs() * (torch.arange(9).view(3, 3) % 2 * 2 - 1)
+        for algorithm, value in relative_errors(x, weight).items():
+            assert value < BOUND[algorithm], (algorithm, kind, weight_kind, value)
+
+
+def test_special_values_stay_in_reach() -> None:
+    # A tile shares its inputs: NaN may reach the other pixels of a 4x4 tile, never those of another tile.
+    x = torch.zeros(1, 16, 12, 12).to(memory_format=torch.channels_last)
+    x[0, 3, 5, 5] = float("nan")
+    packed = ops.pack_conv2d_weight(torch.ones(16, 16, 3, 3), 1, "winograd4")
+    y = ops.compact_conv2d(x, packed, None, None, None, None, [16, 16, 3, 3], 1, 1, activation="relu")
+    assert y[0, :, 4:7, 4:7].isnan().all()
+    assert not y[0, :, 8:].isnan().any()
+    assert not y[0, :, :, 8:].isnan().any()
+
+
+def test_algorithm_is_checked() -> None:
+    errors = (ValueError, RuntimeError)
+    with pytest.raises(errors, match="one of auto, direct, winograd2, winograd4; got 'fft'"):
+        ops.pack_conv2d_weight(torch.zeros(2, 2, 3, 3), 1, "fft")
+    with pytest.raises(errors, match=r"takes float32 weights of shape \(O, C, 3, 3\)"):
+        ops.pack_conv2d_weight(torch.zeros(2, 2, 1, 3), 1, "winograd2")
+    with pytest.raises(errors, match="with groups=2"):
+        ops.pack_conv2d_weight(torch.zeros(2, 2, 3, 3), 2, "winograd4")
+
+
+def test_other_strides_and_types_use_the_direct_weights() -> None:
+    weight, x = torch.randn(16, 16, 3, 3), torch.randn(1, 16, 9, 9)
+    packed = {a: ops.pack_conv2d_weight(weight, 1, a) for a in ("direct", "winograd4")}
+    for stride, dilation in ((2, 1), (1, 2)):
+        results = [
+            ops.compact_conv2d(x, p, None, None, None, None, [16, 16, 3, 3], stride, 1, dilation)
+            for p in packed.values()
+        ]
+        assert torch.equal(*results)
+    half = [
+        ops.compact_conv2d(x.bfloat16(), p, None, None, None, None, [16, 16, 3, 3], 1, 1)
+        for p in packed.values()
+    ]
+    assert torch.equal(*half)
+
+
+def test_module_packs_again_and_saves_the_plain_weight() -> None:
+    conv = nn.Conv2d(16, 24, 3, padding=1)
+    fast, exact = CompactConv2d.from_conv(conv), CompactConv2d.from_conv(conv, exact=True)
+    x = torch.randn(1, 16, 9, 9)
+    plain = reference.packed_size(conv.weight.shape, 1)
+    assert exact.packed.numel() == plain
+    assert "exact=True" in repr(exact)
+    assert torch.equal(fast.weight, exact.weight)
+    buffer = io.BytesIO()
+    torch.save(fast.state_dict(), buffer)
+    assert buffer.tell() < 4 * plain + 4096
+    buffer.seek(0)
+    fresh = CompactConv2d([24, 16, 3, 3], padding=1)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(fresh(x), fast(x))
+    assert torch.equal(copy.deepcopy(fast)(x), fast(x))
+    fast.load_state_dict(exact.state_dict())
+    there_and_back = copy.deepcopy(fast).double().float()
+    assert torch.equal(there_and_back(x), fast(x))
+    if ops.extension_available():
+        assert fast.packed.numel() == 5 * plain
+        assert copy.deepcopy(fast).bfloat16().packed.numel() == plain
+    strided = CompactConv2d.from_conv(nn.Conv2d(16, 24, 3, stride=2))
+    assert strided.packed.numel() == plain
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "winograd2"])
+def test_opcheck(algorithm: str) -> None:
+    if not ops.extension_available():
+        pytest.skip("no compiled extension")
+    weight = torch.randn(11, 9, 3, 3)
+    torch.library.opcheck(OP.pack_conv2d_weight, (weight, 1, algorithm))
+    packed = OP.pack_conv2d_weight(weight, 1, algorithm)
+    x = torch.randn(2, 9, 8, 8)
+    arguments = (x, packed, None, None, None, None, [11, 9, 3, 3], [1, 1], [1, 1], [1, 1], 1, "relu")
+    torch.library.opcheck(OP.compact_conv2d, arguments)
