@@ -40,9 +40,13 @@ def main() -> int:
     options = parser.parse_args()
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     if options.one:
-        from zoo_worker import examine
+        from zoo_worker import build, examine, examine_peer
 
-        print(json.dumps(examine(options.one, peer=not options.no_peer)))
+        model, x = build(options.one)
+        row = examine(options.one, model, x)
+        print(json.dumps(row), flush=True)  # stands, should the peer crash or take for ever
+        if not options.no_peer:
+            print(json.dumps(row | {"peer": examine_peer(model, x, row.get("output_layers", []))}))
         return 0
     from zoo_models import QUICK, ZOO
 
@@ -84,9 +88,12 @@ def finished(name: str, code: int, late: bool, out, err) -> dict:
         out.seek(0)
         err.seek(0)
         lines, errors = out.read().splitlines(), err.read()
-    if code == 0 and lines:
-        return json.loads(lines[-1])
     reason = "time limit" if late else (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+    if lines:
+        row = json.loads(lines[-1])
+        if code != 0:
+            row["peer"] = {"status": "crash", "reason": reason[:120]}
+        return row
     return {"name": name, "status": "crash", "reason": reason[:300]}
 
 

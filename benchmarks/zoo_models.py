@@ -64,7 +64,6 @@ _SIZES = {
     **dict.fromkeys(_names("halonet26t botnet26t_256 lambda_resnet26t bat_resnext26ts"), 256),
     **dict.fromkeys(_names("swinv2_tiny_window8_256 maxvit_rmlp_pico_rw_256"), 256),
     "crossvit_tiny_240": 240,
-    "eva02_tiny_patch14_224": 336,
 }
 ZOO: dict[str, Entry] = {n: _timm(n, _SIZES.get(n, 96)) for n in _CNN}
 ZOO |= {n: _timm(n, _SIZES.get(n, 224)) for n in _HYBRID}

@@ -78,8 +78,7 @@ def share(model: nn.Module, graph: ChannelGraph) -> float:
     return touched / max(total, 1)
 
 
-def examine(name: str, peer: bool = True) -> dict[str, Any]:
-    model, x = build(name)
+def examine(name: str, model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": name,
         "status": "crash",
@@ -103,6 +102,8 @@ def examine(name: str, peer: bool = True) -> dict[str, Any]:
     row["frozen"] = [
         f"{r}: {n / row['params']:.1%}" for r, n in sorted(reasons.items(), key=lambda i: -i[1])[:6]
     ]
+    ends = [key for key, why in graph.frozen.items() if why.reason == "an output of the network"]
+    row["output_layers"] = sorted({key.partition("[")[0].rpartition(".")[0] for key in ends})
     if not len(graph):
         row |= {"status": "refused", "reason": "nothing can be removed: " + "; ".join(row["frozen"][:2])}
     else:
@@ -118,26 +119,26 @@ def examine(name: str, peer: bool = True) -> dict[str, Any]:
             fresh = max_relative_error(mask_channels(model, x, plan), small, torch.randn_like(x))
             row |= {"error": max(error, fresh), "compact_params": sum(p.numel() for p in small.parameters())}
             row["status"] = "exact" if row["error"] <= TOLERANCE else "wrong"
-    if peer:
-        row["peer"] = examine_peer(model, x)
     return row
 
 
-def examine_peer(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
-    """Torch-Pruning at the same ratio, against the dense network with the same elements at zero.
+def examine_peer(model: nn.Module, x: torch.Tensor, output_layers: list[str]) -> dict[str, Any]:
+    """Torch-Pruning at the same ratio, told which layers make the outputs, against its masked twin.
+
+    The twin is the dense network with the elements at zero that Torch-Pruning removed.
 
     Which elements survive is read off a second copy, pruned with the same random choices, whose parameters hold
     their own positions. Nothing of Torch-Pruning's inner workings is assumed.
     """
     start = time.perf_counter()
     try:
-        pruned = peer_prune(copy.deepcopy(model), x)
+        pruned = peer_prune(copy.deepcopy(model), x, output_layers)
         took = time.perf_counter() - start
         coded = copy.deepcopy(model).double()
         with torch.no_grad():
             for p in coded.parameters():
                 p.copy_(torch.arange(p.numel(), dtype=torch.float64).view(p.shape))
-        coded = peer_prune(coded, x.double())
+        coded = peer_prune(coded, x.double(), output_layers)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error)[:120]}"
         return {"status": "crash", "reason": reason, "seconds": time.perf_counter() - start}
@@ -159,12 +160,12 @@ def examine_peer(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     return result | {"status": "exact" if error <= TOLERANCE else "wrong", "error": error}
 
 
-def peer_prune(model: nn.Module, x: torch.Tensor) -> nn.Module:
-    """``FRACTION`` of the channels of every layer but the last linear one, at random."""
+def peer_prune(model: nn.Module, x: torch.Tensor, output_layers: list[str]) -> nn.Module:
+    """``FRACTION`` of the channels of every layer but the outputs', at random."""
     import torch_pruning as tp
 
     torch.manual_seed(0)
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    last = [model.get_submodule(name) for name in output_layers]
     importance = tp.importance.RandomImportance()
     tp.pruner.MagnitudePruner(
         model, x, importance=importance, pruning_ratio=FRACTION, ignored_layers=last

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import counts
 from .labels import Labels, Vector
 
 Slot = str
@@ -32,7 +33,9 @@ _INTEGER = (int, torch.SymInt)  # symbolic while a network is exported with dyna
 ATTENTION = "scaled_dot_product_attention"
 #: calls that take a whole shape
 SHAPED = _VIEW | _NEW | _FACTORY | {"unflatten"}
-SIZED = SHAPED | _SPLIT | INDEXED | _CONV | {"narrow", ATTENTION}
+#: calls that count channels, and have to count the removed ones too
+COUNTING = {"layer_norm", "rms_norm", "group_norm", "mean", ATTENTION}
+SIZED = SHAPED | _SPLIT | INDEXED | _CONV | COUNTING | {"narrow"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class SizedCall:
         where: module and source line.
         slots: per number, the labels it counts.
         labels: all labels of the tensors that go in.
+        end: how many ops the trace had executed when the call returned.
     """
 
     function: str
@@ -54,6 +58,7 @@ class SizedCall:
     where: str
     slots: tuple[tuple[Slot, Vector], ...]
     labels: tuple[Vector, ...] = ()
+    end: int = 0
 
 
 def function_name(func: Any) -> str:
@@ -148,9 +153,11 @@ def slots(
         channel = 0 if x.dim() == weight.dim() - 1 else 1
         if groups > 1 and groups == x.shape[channel]:
             result = [("groups", labels(x)[channel])]
-    elif name == ATTENTION and labels(args[0])[-1] is not None:
-        # the scale stays that of the dense network: a number that counts no live label
-        result = [("scale", np.zeros(args[0].shape[-1], np.int64))]
+    elif name in COUNTING:
+        # these numbers stay those of the dense network: they count no live label
+        entering = labels(args[0])
+        dims = [d for d in _counted_dims(name, args, kwargs) if entering[d] is not None]
+        result = [(str(d), np.zeros(args[0].shape[d], np.int64)) for d in dims]
     return [(slot, vector) for slot, vector in result if vector is not None]
 
 
@@ -164,6 +171,25 @@ def _is_open(size: Any) -> bool:
 
 def _groups(args: Arguments, kwargs: Keywords) -> int:
     return int(args[6] if len(args) > 6 else kwargs.get("groups", 1))
+
+
+def _plain(kwargs: Keywords) -> Keywords:
+    """Keyword arguments that the builtin functions take and ours do not."""
+    return {k: v for k, v in kwargs.items() if k not in ("cudnn_enable", "cudnn_enabled")}
+
+
+def _counted_dims(name: str, args: Arguments, kwargs: Keywords) -> list[int]:
+    """Dimensions over which a call takes its statistics, as far as they may hold channels."""
+    ndim = args[0].dim()
+    if name == ATTENTION:
+        return [ndim - 1]
+    if name == "group_norm":
+        return [1]
+    if name == "mean":
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        return [] if dim is None else [d % ndim for d in ([dim] if isinstance(dim, int) else dim)]
+    shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    return list(range(ndim - len(shape), ndim))
 
 
 def _split_sizes(name: str, args: Arguments, kwargs: Keywords) -> list[int]:
@@ -203,7 +229,9 @@ def read(name: str, args: Arguments, kwargs: Keywords, names: Sequence[Slot]) ->
         return {"start": start, "length": length}
     if name in _CONV:
         return {"groups": _groups(args, kwargs)}
-    return {"scale": None if kwargs.get("scale") is not None else args[0].shape[-1]}
+    if name == ATTENTION and kwargs.get("scale") is not None:
+        return dict.fromkeys(names)
+    return {s: args[0].shape[int(s)] for s in names}
 
 
 def write(
@@ -235,4 +263,17 @@ def write(
         if len(args) > 6:
             return func, (*args[:6], values["groups"], *args[7:]), kwargs
         return func, args, kwargs | {"groups": values["groups"]}
-    return func, args, kwargs | {"scale": float(values["scale"]) ** -0.5}
+    if name == ATTENTION:
+        return func, args, kwargs | {"scale": float(next(iter(values.values()))) ** -0.5}
+    if name == "mean":
+        dim, keepdim = (
+            args[1] if len(args) > 1 else kwargs["dim"],
+            args[2] if len(args) > 2 else kwargs.get("keepdim", False),
+        )
+        return counts.mean, (args[0], dim, keepdim), {"counts": {int(d): n for d, n in values.items()}}
+    if name == "group_norm":
+        return counts.group_norm, args, _plain(kwargs) | {"count": values["1"]}
+    count = 1
+    for d in _counted_dims(name, args, kwargs):
+        count = count * values.get(str(d), args[0].shape[d])
+    return getattr(counts, name), args, _plain(kwargs) | {"count": count}

@@ -46,9 +46,9 @@ class Step:
 class Flow:
     """Labels of all tensors seen so far. Rules read with :meth:`get` and write with :meth:`set`.
 
-    ``steps`` are the executed ops, ``calls`` the Python-level calls with sizes in them, ``hard`` those whose sizes turned
-    out wrong in a thinned copy: ``{index of the call: slots}``. ``producers``, ``consumers`` and ``mixed`` are the label
-    vectors that come out of a contraction, go into one with a weight of the network, and into one without.
+    ``steps`` are the executed ops, ``calls`` the Python-level calls with sizes in them, ``hard`` those whose sizes
+    turned out wrong in a thinned copy: ``{index of the call: slots}``. ``producers``, ``consumers`` and ``mixed`` are
+    the label vectors that come out of a contraction, go into one with a weight of the network, and into one without.
     """
 
     space: LabelSpace = field(default_factory=LabelSpace)

@@ -82,7 +82,9 @@ class CallRecorder(TorchFunctionMode):
         entering = tuple(v for t in tensors_of((args, kwargs)) for v in flow.get(t) if v is not None)
         out = func(*args, **kwargs)
         found = slots(name, args, kwargs, out, flow.get)
-        flow.calls.append(SizedCall(name, flow.module, ordinal, where, tuple(found), entering))
+        flow.calls.append(
+            SizedCall(name, flow.module, ordinal, where, tuple(found), entering, len(flow.steps))
+        )
         return out
 
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..inputs import ExampleInputs, call_model
-from .calls import SIZED, SizedCall, function_name, read, write
+from .calls import COUNTING, SIZED, SizedCall, function_name, read, write
 from .flow import Flow, Step
 from .groups import ChannelGraph, Mask
 from .labels import Vector
@@ -52,10 +52,11 @@ class _Steps(TorchDispatchMode):
         super().__init__()
         self.steps, self.dead, self.expected, self.index = steps, dead, expected, 0
         self.seen: list[list[Tensor]] | None = [] if record else None
+        self.paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func.overloadpacket)
-        if name.removeprefix("aten.") in _MOVES:
+        if self.paused or name.removeprefix("aten.") in _MOVES:
             return func(*args, **(kwargs or {}))
         if self.index >= len(self.steps) or name != self.steps[self.index].name:
             raise _DivergedError(self.index, "the network takes another path when these channels are fewer")
@@ -103,7 +104,10 @@ class _Sizes(TorchFunctionMode):
                 wrong = {slot for slot, n in found.items() if n is not None and n != right[slot]}
                 if wrong:
                     self.flow.hard[self.index] = wrong
-                    func, args, kwargs = write(func, name, args, kwargs, right)
+                    other, args, kwargs = write(func, name, args, kwargs, right)
+                    if other is not func and name in COUNTING:
+                        return self._replaced(call, other, args, kwargs)
+                    func = other
             self.index += 1
         try:
             return func(*args, **kwargs)
@@ -112,6 +116,19 @@ class _Sizes(TorchFunctionMode):
         except Exception as error:
             reason = f"{name} fails when these channels are fewer ({error})"
             raise _DivergedError(self.steps.index, reason, call) from error
+
+    def _replaced(self, call: SizedCall, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run another function in place of the traced one; its ops are not those of the trace."""
+        self.index += 1
+        self.steps.paused = True
+        try:
+            return func(*args, **kwargs)
+        except Exception as error:
+            reason = f"{call.function} fails when these channels are fewer ({error})"
+            raise _DivergedError(self.steps.index, reason, call) from error
+        finally:
+            self.steps.paused = False
+            self.steps.index = len(compared(self.flow.steps[: call.end]))
 
 
 def _predict(labels: tuple[Vector | None, ...], shape: tuple[int, ...], dead: Mask) -> tuple[int, ...]:

@@ -4,7 +4,7 @@
 with the masked network) -> ``checkpoint`` (save and load without pickle).
 """
 
-from .apply import apply_plan, mask_channels
+from .apply import apply_plan, mask_channels, zeroed_slices
 from .checkpoint import load_compact, save_compact
 from .optimizer import compact_optimizer
 from .plan import CompactionPlan, GroupRemoval, TensorSlice
@@ -12,5 +12,5 @@ from .verify import compact, max_relative_error
 
 __all__ = [
     "CompactionPlan", "GroupRemoval", "TensorSlice", "apply_plan", "compact", "compact_optimizer", "load_compact",
-    "mask_channels", "max_relative_error", "save_compact",
+    "mask_channels", "max_relative_error", "save_compact", "zeroed_slices",
 ]  # fmt: skip

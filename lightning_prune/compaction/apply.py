@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..channels.trace import named_tensors
 from ..inputs import ExampleInputs
+from .branches import remove_empty_layers
 from .plan import CompactionPlan, TensorSlice
 from .rules import refresh_attributes
 from .sizes import install
@@ -83,6 +84,11 @@ def _is_direction(tensors: Mapping[str, Tensor], piece: TensorSlice) -> bool:
     return False
 
 
+def zeroed_slices(tensors: Mapping[str, Tensor], plan: CompactionPlan) -> list[TensorSlice]:
+    """What has to be zero for the removed channels to be exactly zero: all slices but running variances and directions."""
+    return [p for p in plan.slices if not p.tensor.endswith(_KEEP) and not _is_direction(tensors, p)]
+
+
 def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     """A smaller copy of ``model``; ``model`` is untouched. Does not check that it computes the same: see ``compact``.
 
@@ -103,6 +109,8 @@ def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     result = _edited(model, plan, cut)
     for module in result.modules():
         refresh_attributes(module)
+    if any(len(g.removed) == g.size for g in plan.groups.values()):
+        remove_empty_layers(result)
     install(result, plan.sizes)
     return result
 
@@ -117,10 +125,10 @@ def mask_channels(model: nn.Module, example_inputs: ExampleInputs | None, plan: 
     Raises:
         PlanError: ``plan`` was made for another model.
     """
-    tensors = named_tensors(model)
+    zeroed = set(zeroed_slices(named_tensors(model), plan))
 
     def zero(tensor: Tensor, piece: TensorSlice) -> Tensor:
-        if piece.tensor.endswith(_KEEP) or _is_direction(tensors, piece):
+        if piece not in zeroed:
             return tensor
         return tensor.index_fill(piece.dim, torch.tensor(piece.removed, device=tensor.device), 0)
 

@@ -55,8 +55,12 @@ class CompactionPlan:
     sizes: tuple[SizeFix, ...] = ()
 
     @classmethod
-    def from_mask(cls, graph: ChannelGraph, mask: Mask) -> CompactionPlan:
-        """Plan that removes the channels where ``mask`` (bool, shape [graph.num_channels]) is False."""
+    def from_mask(cls, graph: ChannelGraph, mask: Mask, *, remove_branches: bool = False) -> CompactionPlan:
+        """Plan that removes the channels where ``mask`` (bool, shape [graph.num_channels]) is False.
+
+        Raises:
+            PlanError: a group would lose all channels and ``remove_branches`` is not set.
+        """
         mask = np.asarray(mask, dtype=bool)
         if mask.shape != (graph.num_channels,):
             raise PlanError(f"mask must have shape ({graph.num_channels},), got {mask.shape}")
@@ -64,7 +68,7 @@ class CompactionPlan:
         gone: dict[tuple[str, int], list[np.ndarray]] = {}
         for group in graph.groups:
             dead = np.flatnonzero(~mask[group.ids])
-            if len(dead) == group.size:
+            if len(dead) == group.size and not remove_branches:
                 raise PlanError(
                     f"all {group.size} channels of group {group.name!r} would be removed; keep at least one"
                 )

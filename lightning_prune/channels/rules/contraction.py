@@ -172,13 +172,21 @@ def attention(flow: Flow, call: Call) -> None:
     space = flow.space
     shared = flow.join_vectors([_or_fixed(lq[-1], query.shape[-1]), _or_fixed(lk[-1], key.shape[-1])])
     for labels in (lq, lk, lv):
-        for vector in labels[:-1]:
-            space.freeze(vector, "attention mixes this dimension")
+        space.freeze(labels[-2], "attention mixes this dimension")
+    leading = [
+        flow.join_vectors([_or_fixed(v[d], query.shape[d]) for v in (lq, lk, lv)])
+        if query.shape[d] == key.shape[d] == value.shape[d]
+        else None
+        for d in range(query.dim() - 2)
+    ]
+    for d, joined in enumerate(leading):
+        for labels in (lq, lk, lv) if joined is None else ():
+            space.freeze(labels[d], "attention shares heads of this dimension")
     out, *rest = call.outputs()
     pairs = float(math.prod(query.shape[:-1]) * key.shape[-2])
     flow.contraction(pairs, (_or_fixed(lq[-1], query.shape[-1]),), None, None, shared)
     flow.contraction(pairs, (_or_fixed(lv[-1], value.shape[-1]),), None, None, None)
-    flow.set(out, [None] * (out.dim() - 1) + [lv[-1]])
+    flow.set(out, [*leading, None, lv[-1]])
     for tensor in rest:
         flow.set(tensor, [None] * tensor.dim())
 

@@ -1,4 +1,4 @@
-"""Normalisations. Batch norm treats channels one by one; the others mix them in their statistics and freeze them."""
+"""Normalisations. Batch norm treats channels one by one; the others take statistics over them, in which zeros count."""
 
 from __future__ import annotations
 
@@ -46,22 +46,23 @@ def batch_norm(flow: Flow, call: Call) -> None:
         flow.set(tensor, [labels[1]] if same else [None] * tensor.dim())
 
 
-@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("native_layer_norm _fused_rms_norm rms_norm layer_norm")
 def layer_norm(flow: Flow, call: Call) -> None:
-    """Statistics over the normalised dimensions mix their channels: frozen."""
+    """Zeros may go as long as they are still counted, see ``counts``; weight and bias follow their channels."""
     x, normalized_shape = call.args[:2]
-    labels = flow.get(x)
-    first = x.dim() - len(normalized_shape)
-    for d in range(first, x.dim()):
-        flow.space.freeze(labels[d], "a layer norm takes its statistics over these channels")
-        labels[d] = None
-    for parameter in call.args[2:]:
-        if isinstance(parameter, Tensor):
-            flow.freeze_tensor(parameter, "a layer norm takes its statistics over these channels")
     out, *saved = call.outputs()
-    flow.set(out, labels)
+    first = x.dim() - len(normalized_shape)
+    vectors = [a for a in call.args[2:] if isinstance(a, Tensor)]
+    _counted(flow, [v for v in flow.get(x)[first:] if v is not None])
+    flow.set(out, flow.join([x, *vectors], out.shape))
     for tensor in saved:
-        flow.set(tensor, [None] * tensor.dim())
+        flow.set(tensor, [*flow.get(x)[:first], *[None] * (tensor.dim() - first)][: tensor.dim()])
+
+
+def _counted(flow: Flow, vectors: list[Vector]) -> None:
+    """The statistics read these channels where no gate can be hung."""
+    for vector in vectors:
+        flow.contraction(0.0, (), None, None, vector)
 
 
 @rule("_weight_norm_interface _weight_norm")
@@ -79,17 +80,17 @@ def weight_norm(flow: Flow, call: Call) -> None:
         flow.set(norm, flow.get(g) if norm.shape == g.shape else [None] * norm.dim())
 
 
-@rule("native_group_norm", "group_norm")
+@rule("native_group_norm group_norm")
 def group_norm(flow: Flow, call: Call) -> None:
-    """Exact only with one channel per group; otherwise statistics mix the channels of a group: frozen."""
+    """As layer norm, with the same offsets of every group going together, so that groups keep equal size."""
     x, groups = call.args[0], call.arg("group", call.arg("num_groups"))
     vectors = [a for a in call.args[1:] if isinstance(a, Tensor)]
-    labels = flow.get(x)
-    reason = f"a group norm with {groups} groups takes its statistics over these channels"
-    flow.space.freeze(labels[1], reason)
-    labels[1] = None
-    for vector in vectors:
-        flow.freeze_tensor(vector, reason)
+    labels = _per_channel(flow, x, vectors, 1)
+    own = labels[1]
+    if own is not None:
+        own = np.tile(flow.space.unite_all(own.reshape(groups, -1).T), groups)
+        _counted(flow, [own])
+        labels[1] = own
     out, *saved = call.outputs()
     flow.set(out, labels)
     for tensor in saved:

@@ -13,7 +13,14 @@ def _dims(call: Call, ndim: int) -> list[int]:
     return [d % ndim for d in ([dim] if isinstance(dim, int) else dim)] if ndim else []
 
 
-_ADDITIVE = {"aten.sum", "aten.norm", "aten.linalg_vector_norm", "aten.nansum", "aten.count_nonzero"}
+_ADDITIVE = {
+    "aten.sum",
+    "aten.mean",
+    "aten.norm",
+    "aten.linalg_vector_norm",
+    "aten.nansum",
+    "aten.count_nonzero",
+}
 
 
 @rule("""

@@ -89,7 +89,8 @@ def _one_dimension(
     if not varying:
         flow.space.freeze(element.ravel(), "one channel spread over a whole dimension")
         return None, None
-    keep = next((i for i in varying if dims[i] == open_dim), varying[-1])
+    # most code splits channels into few parts of many (heads, shuffles) or into many channels of few positions
+    keep = max(varying, key=lambda i: (dims[i] == open_dim, element.shape[i], i))
     moved = np.moveaxis(element, keep, 0).reshape(element.shape[keep], -1)
     if len(varying) == 1 and (moved != FIXED).all():
         return dims[keep], moved[:, 0].copy()
