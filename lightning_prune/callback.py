@@ -61,6 +61,7 @@ class ChannelPruning(pl.Callback):
         reconstruct: when channels are removed, refit their readers by least squares on the last training batches.
         rewind_to: optimizer step whose weights the fit returns to when channels are selected (lottery tickets); the
             optimizer's state starts afresh, schedules go on.
+        remove_branches: whole residual branches may go when all their channels do; their layers vanish, the shortcut stays.
         monitor: validation metric whose plateau ends finetuning, for example ``"val_loss"``; None: never.
         patience: epochs without improvement that make a plateau.
         example_inputs: what ``forward`` takes; by default ``example_input_array`` or the first training samples.
@@ -105,6 +106,7 @@ class ChannelPruning(pl.Callback):
         ratios: dict[str, float] | None = None,
         reconstruct: bool = False,
         rewind_to: int | None = None,
+        remove_branches: bool = False,
         monitor: str | None = None,
         patience: int = 5,
         example_inputs: ExampleInputs | None = None,
@@ -135,6 +137,7 @@ class ChannelPruning(pl.Callback):
             ratios=ratios,
             reconstruct=reconstruct,
             rewind_to=rewind_to,
+            remove_branches=remove_branches,
             seed=seed,
             dead_channel_skipping=dead_channel_skipping,
         )

@@ -75,6 +75,7 @@ class PruneConfig:
     ratios: Mapping[str, float] | None
     reconstruct: bool
     rewind_to: int | None
+    remove_branches: bool
     seed: int
     dead_channel_skipping: bool = True
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .branches import removable_branches
 from .channels import trace_channels
 from .channels.groups import Mask
 from .compaction import CompactionPlan, compact, mask_channels, max_relative_error
@@ -49,6 +50,9 @@ class PruningFit:
         self.learner: MaskLearner | None = None
         self.keeper: WeightKeeper | None = None
         self.skipper: DeadChannelSkipper | None = None
+        self._removable: Mask | None = None
+        if config.remove_branches:
+            self._removable = removable_branches(model, to_model(inputs, model), self.graph)
         self.early: dict[str, Tensor] | None = None
         self._protected = np.zeros(self.graph.num_channels, dtype=bool)
         if config.plan is not None:
@@ -75,6 +79,7 @@ class PruningFit:
             round_to=self.config.round_to,
             eligible=eligible,
             protected=(self._protected & eligible) | kept,
+            removable=self._removable,
         )
 
     # ---- phases ----------------------------------------------------------------------------------------------------
@@ -101,7 +106,9 @@ class PruningFit:
     def start_learning(self, model: nn.Module, steps: int) -> MaskLearner:
         """Hang the gates on the model."""
         assert self.keeper is not None
-        self.learner = MaskLearner(model, self.graph, self.cost, self.config, self._protected, steps)
+        self.learner = MaskLearner(
+            model, self.graph, self.cost, self.config, self._protected, steps, self._removable
+        )
         self.learner.gates.attach()
         if self.config.sphere:
             self.keeper.remember_radii()
@@ -122,7 +129,7 @@ class PruningFit:
             self.learner = None
         else:
             mask = self._choose(saliency(self.config.method, model, self.graph, self.config.seed))
-        plan = CompactionPlan.from_mask(self.graph, mask)
+        plan = CompactionPlan.from_mask(self.graph, mask, remove_branches=self.config.remove_branches)
         if self.early is not None:
             model.load_state_dict(self.early)
             self.early = None

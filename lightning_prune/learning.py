@@ -38,6 +38,7 @@ class MaskLearner:
         config: see ``ChannelPruning``.
         protected: bool mask of channels that must stay.
         steps: optimizer steps in the learn phase, for the ramp of the target and default learning rates.
+        removable: bool mask of channels whose whole group may go.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class MaskLearner:
         config: PruneConfig,
         protected: Mask,
         steps: int,
+        removable: Mask | None = None,
     ) -> None:
         device = next(model.parameters()).device
         self.graph, self.cost, self.config, self.steps = graph, cost, config, max(steps, 1)
@@ -61,6 +63,8 @@ class MaskLearner:
         self.done = 0
         self.strength = 0.0
         self._group_of = graph.group_of()
+        least = max(config.min_channels, 1)
+        self._least = [0 if removable is not None and removable[g.start] else least for g in graph.groups]
         # layers with a width of their own are ranked by their gates, not pressed, and count as what will be left of them
         self._share = fixed_shares(graph, config.ratios)
 
@@ -123,7 +127,7 @@ class MaskLearner:
         chosen = []
         for channel in self.gates.candidates().tolist():
             group = self._group_of[channel]
-            if self._share[channel] < 1.0 or counts[group] <= max(self.config.min_channels, 1):
+            if self._share[channel] < 1.0 or counts[group] <= self._least[group]:
                 continue
             mask[channel] = False
             if self.cost.cost(mask * self._share) < limit:

@@ -51,6 +51,11 @@ class PruneReport:
         """Prunable channels that are left, over all groups."""
         return int(np.sum([live for live, _ in self.widths.values()]))
 
+    @property
+    def removed_branches(self) -> tuple[str, ...]:
+        """Groups that lost all their channels: their branches are gone."""
+        return tuple(name for name, (live, _) in self.widths.items() if live == 0)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data."""
         return asdict(self)
@@ -61,6 +66,8 @@ class PruneReport:
             f"params  {self.params_dense:,.0f} -> {self.params_compact:,.0f} ({self.params_compact / self.params_dense:.1%})",
             "widths  " + ", ".join(f"{name} {live}/{size}" for name, (live, size) in self.widths.items()),
         ]
+        if self.removed_branches:
+            lines.append(f"removed branches  {', '.join(self.removed_branches)}")
         if self.max_relative_error is not None:
             lines.append(
                 f"compact against masked network: largest relative error {self.max_relative_error:.2g}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .branches import removable_branches
 from .channels import trace_channels
 from .compaction import CompactionPlan, compact, mask_channels, max_relative_error
 from .config import check_choice, check_fraction, check_positive
@@ -42,6 +43,7 @@ def prune_channels(
     ratios: Mapping[str, float] | None = None,
     round_to: int = 1,
     min_channels: int = 1,
+    remove_branches: bool = False,
     reconstruct: bool = False,
     data: Iterable[Any] | None = None,
     seed: int = 0,
@@ -63,6 +65,7 @@ def prune_channels(
             governs the others.
         round_to: live widths are multiples of this.
         min_channels: at least so many channels stay in every group.
+        remove_branches: whole residual branches may go when all their channels do; their layers vanish.
         reconstruct: refit the consumers of removed channels by least squares on ``data`` (He et al. 2017).
         data: a few batches of inputs, or of (inputs, labels), for ``reconstruct``.
         seed: for ``method="random"``.
@@ -96,8 +99,9 @@ def prune_channels(
         round_to=round_to,
         eligible=eligible,
         protected=protected | kept,
+        removable=removable_branches(model, example_inputs, graph) if remove_branches else None,
     )
-    plan = CompactionPlan.from_mask(graph, mask)
+    plan = CompactionPlan.from_mask(graph, mask, remove_branches=remove_branches)
     if reconstruct and data is not None:
         model, _ = refit_consumers(model, example_inputs, plan, data)
     smaller = compact(model, example_inputs, plan)

@@ -13,11 +13,21 @@ Floats = npt.NDArray[np.float64]
 
 
 def floor_mask(
-    graph: ChannelGraph, saliency: Floats, min_channels: int, round_to: int, protected: Mask | None = None
+    graph: ChannelGraph,
+    saliency: Floats,
+    min_channels: int,
+    round_to: int,
+    protected: Mask | None = None,
+    removable: Mask | None = None,
 ) -> Mask:
-    """The smallest mask allowed: what is protected, and in every group its ``min_channels`` (rounded up) best channels."""
+    """The smallest mask allowed: what is protected, and in every group its ``min_channels`` (rounded up) best channels.
+
+    Nothing of a group whose branch is ``removable``.
+    """
     mask = np.zeros(graph.num_channels, dtype=bool) if protected is None else protected.copy()
     for group in graph.groups:
+        if removable is not None and removable[group.start]:
+            continue
         keep = min(group.size, -(-max(min_channels, 1) // round_to) * round_to)
         mask[group.start + _ranked(saliency[group.ids])[:keep]] = True
     return mask
@@ -39,6 +49,7 @@ def select_channels(
     cost_aware: float = 0.0,
     eligible: Mask | None = None,
     protected: Mask | None = None,
+    removable: Mask | None = None,
 ) -> Mask:
     """Keep the most salient channels whose cost is at most ``target * cost.dense``, and as close to it as possible.
 
@@ -55,6 +66,7 @@ def select_channels(
         cost_aware: 0 ranks by saliency alone, 1 by saliency per cost (the knapsack density).
         eligible: bool mask of channels that may stay; others go first, unless ``min_channels`` needs them.
         protected: bool mask of channels that must stay (excluded layers).
+        removable: bool mask of channels whose whole group may go (``branches.removable_branches``).
 
     Returns:
         bool mask, True = live.
@@ -66,7 +78,7 @@ def select_channels(
     if eligible is not None:
         values = np.where(eligible, values, values.min() - 1.0 - np.abs(values).max())
     limit = target * cost.dense
-    floor = floor_mask(graph, values, min_channels, round_to, protected)
+    floor = floor_mask(graph, values, min_channels, round_to, protected, removable)
     lowest = cost.cost(floor)
     if lowest > limit:
         raise BudgetError(
@@ -79,11 +91,11 @@ def select_channels(
         mask = eligible | floor
     order_within = np.concatenate([np.argsort(_ranked(values[g.ids]), kind="stable") for g in graph.groups])
     while (now := cost.cost(mask)) > limit:
-        removable = np.flatnonzero(mask & ~floor)
-        price = np.maximum(cost.marginal(mask)[removable], 1e-12)
-        score = values[removable] / price**cost_aware if cost_aware else values[removable]
+        candidates = np.flatnonzero(mask & ~floor)
+        price = np.maximum(cost.marginal(mask)[candidates], 1e-12)
+        score = values[candidates] / price**cost_aware if cost_aware else values[candidates]
         # ties (and the discarded channels at the bottom) go by rank within their group
-        order = removable[np.lexsort((-order_within[removable], score))]
+        order = candidates[np.lexsort((-order_within[candidates], score))]
         savings = np.cumsum(np.maximum(cost.marginal(mask)[order], 0.0))
         chunk = int(np.searchsorted(savings, max((now - limit) * 0.25, 0.0))) + 1
         mask[order[:chunk]] = False

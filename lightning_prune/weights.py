@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .channels.groups import ChannelGraph, Mask
 from .channels.trace import named_tensors
+from .compaction import CompactionPlan, zeroed_slices
 from .gates.attach import consumer_sites
 
 
@@ -24,15 +24,14 @@ class WeightKeeper:
 
     def set_mask(self, mask: Mask) -> None:
         """Choose which channels :meth:`zero_dead` holds at zero."""
-        positions: dict[tuple[str, int], list[np.ndarray]] = {}
-        for group in self._graph.groups:
-            dead = np.flatnonzero(~mask[group.ids])
-            for member in group.members if len(dead) else ():
-                if not member.tensor.endswith("running_var"):
-                    positions.setdefault((member.tensor, member.dim), []).append(member.index[dead].ravel())
+        plan = CompactionPlan.from_mask(self._graph, mask, remove_branches=True)
         self._dead = [
-            (tensor := self._tensors[name], dim, torch.from_numpy(np.concatenate(parts)).to(tensor.device))
-            for (name, dim), parts in positions.items()
+            (
+                tensor := self._tensors[piece.tensor],
+                piece.dim,
+                torch.tensor(piece.removed, device=tensor.device),
+            )
+            for piece in zeroed_slices(self._tensors, plan)
         ]
 
     @torch.no_grad()

@@ -32,10 +32,8 @@ class Geometry:
         sizes = []
         for i, n in enumerate(x.shape[2:]):
             reach = self.dilation[i] * (self.kernel_size[i] - 1)
-            if isinstance(self.padding, str):
-                padded = 0 if self.padding == "valid" else reach
-            else:
-                padded = 2 * self.padding[i]
+            same = reach if self.padding == "same" else 0
+            padded = same if isinstance(self.padding, str) else 2 * self.padding[i]
             if self.transposed:
                 sizes.append((n - 1) * self.stride[i] - padded + reach + self.output_padding[i] + 1)
             else:
@@ -67,9 +65,8 @@ class Constant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, 0, ...] -> [N, out_channels, ...]``."""
         size = (x.shape[0], self.out_channels, *self.geometry.output_size(x))
-        if self.bias is None:
-            return x.new_zeros(()).expand(size)
-        return self.bias.view(1, -1, *[1] * (len(size) - 2)).expand(size)
+        zeros = x.new_zeros(size)
+        return zeros if self.bias is None else zeros + self.bias.view(1, -1, *[1] * (len(size) - 2))
 
 
 def remove_empty_layers(model: nn.Module) -> list[str]:
