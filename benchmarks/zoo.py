@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,18 +36,8 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=180.0, help="seconds per model")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "zoo.json")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path[:0] = [str(HERE), str(HERE.parent)]
-    if options.one:
-        from zoo_worker import build, examine, examine_peer
-
-        model, x = build(options.one)
-        row = examine(options.one, model, x)
-        print(json.dumps(row), flush=True)  # stands, should the peer crash or take for ever
-        if not options.no_peer:
-            print(json.dumps(row | {"peer": examine_peer(model, x, row.get("output_layers", []))}))
-        return 0
     from zoo_models import QUICK, ZOO
 
     names = options.names or (QUICK if options.quick else list(ZOO))
@@ -59,42 +49,60 @@ def main() -> int:
 
 
 def run_all(names: list[str], options: argparse.Namespace) -> list[dict]:
+    """Every model in a process of its own, forked after the imports, which take longer than most models."""
+    import zoo_models
+    import zoo_worker  # noqa: F401
+
+    zoo_models.preload()
+    context = multiprocessing.get_context("fork")
     pending, running, rows = list(names), {}, {}
-    while pending or running:
-        while pending and len(running) < options.jobs:
-            name = pending.pop(0)
-            command = [sys.executable, __file__, "--one", name, *(["--no-peer"] if options.no_peer else [])]
-            out = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed when the process has ended)
-            err = tempfile.TemporaryFile("w+")  # noqa: SIM115
-            process = subprocess.Popen(
-                command, stdout=out, stderr=err, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-            running[name] = (process, time.monotonic(), out, err)
-        time.sleep(0.1)
-        for name, (process, start, out, err) in list(running.items()):
-            late = time.monotonic() - start > options.limit
-            if process.poll() is None and not late:
-                continue
-            process.kill()
-            process.wait()
-            rows[name] = finished(name, process.returncode, late, out, err)
-            print(one_line(rows[name]), file=sys.stderr, flush=True)
-            del running[name]
+    with tempfile.TemporaryDirectory() as folder:
+        while pending or running:
+            while pending and len(running) < options.jobs:
+                name = pending.pop(0)
+                arguments = (name, Path(folder) / name, not options.no_peer)
+                process = context.Process(target=examine_one, args=arguments)
+                process.start()
+                running[name] = (process, time.monotonic())
+            time.sleep(0.05)
+            for name, (process, start) in list(running.items()):
+                late = time.monotonic() - start > options.limit
+                if process.is_alive() and not late:
+                    continue
+                process.kill()
+                process.join()
+                rows[name] = finished(name, Path(folder) / name, process.exitcode, late)
+                print(one_line(rows[name]), file=sys.stderr, flush=True)
+                del running[name]
     return [rows[name] for name in names]
 
 
-def finished(name: str, code: int, late: bool, out, err) -> dict:
-    with out, err:
-        out.seek(0)
-        err.seek(0)
-        lines, errors = out.read().splitlines(), err.read()
-    reason = "time limit" if late else (errors.strip().splitlines() or [f"exit code {code}"])[-1]
-    if lines:
-        row = json.loads(lines[-1])
-        if code != 0:
-            row["peer"] = {"status": "crash", "reason": reason[:120]}
-        return row
-    return {"name": name, "status": "crash", "reason": reason[:300]}
+def examine_one(name: str, path: Path, peer: bool) -> None:
+    """In the child: one line of JSON, and a second one with the peer's result."""
+    from zoo_worker import build, examine, examine_peer
+
+    with path.open("w") as out:
+        try:
+            model, x = build(name)
+            row = examine(name, model, x)
+            print(json.dumps(row), file=out, flush=True)  # stands, should the peer crash or take for ever
+            if peer:
+                print(
+                    json.dumps(row | {"peer": examine_peer(model, x, row.get("output_layers", []))}), file=out
+                )
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}"[:300].replace("\n", " "), file=out)
+            raise
+
+
+def finished(name: str, path: Path, code: int | None, late: bool) -> dict:
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [line for line in lines if line.startswith("{")]
+    reason = "time limit" if late else (lines or [""])[-1] if code else ""
+    if found:
+        row = json.loads(found[-1])
+        return row if code == 0 and not late else row | {"peer": {"status": "crash", "reason": reason[:120]}}
+    return {"name": name, "status": "crash", "reason": reason or f"exit code {code}"}
 
 
 def one_line(row: dict) -> str:

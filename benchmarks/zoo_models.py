@@ -20,6 +20,16 @@ def _timm(name: str, size: int) -> Entry:
     return build, (2, 3, size, size)
 
 
+def preload() -> None:
+    """Import what the models need, once for all processes."""
+    _define_torchvision_ops()
+    try:
+        import timm  # noqa: F401
+        import torch_pruning  # noqa: F401
+    except ImportError:
+        pass
+
+
 _LIBRARIES = []
 
 

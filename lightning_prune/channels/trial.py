@@ -122,13 +122,21 @@ class _Sizes(TorchFunctionMode):
         self.index += 1
         self.steps.paused = True
         try:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            after = len(compared(self.flow.steps[: call.end]))
+            expected = self.steps.expected
+            if expected is not None and not close(expected[after - 1][0], out):
+                reason = f"{call.function} counts removed channels that are not zero"
+                raise _DivergedError(after - 1, reason, call)
+        except _DivergedError:
+            raise
         except Exception as error:
             reason = f"{call.function} fails when these channels are fewer ({error})"
             raise _DivergedError(self.steps.index, reason, call) from error
         finally:
             self.steps.paused = False
-            self.steps.index = len(compared(self.flow.steps[: call.end]))
+        self.steps.index = after
+        return out
 
 
 def _predict(labels: tuple[Vector | None, ...], shape: tuple[int, ...], dead: Mask) -> tuple[int, ...]:
