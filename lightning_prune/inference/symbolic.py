@@ -61,6 +61,7 @@ class SymbolicBlueprint:
             placeholders = [n for n in graph.nodes if n.op == "placeholder"]
             for node, name in zip(placeholders, inspect.signature(model.forward).parameters, strict=True):
                 node.target = name  # arguments that are held constant get a number otherwise
+                node.type = None  # annotations as text could not be pickled
             self._module = fx.GraphModule(tracer.root, graph, type(model).__name__)
             self._modules = dict(self._module.named_modules())
             self._skip_identities()
