@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+RAMPS: tuple[str, ...] = ("cubic", "exponential", "linear")
 
-def ramped_target(target: float, progress: float, ramp: float = 0.75) -> float:
-    """Budget to aim at after ``progress`` (0..1) of the learn phase: from 1 down to ``target`` over ``ramp`` of it."""
-    return 1.0 - (1.0 - target) * min(1.0, max(0.0, progress) / ramp)
+
+def ramped_target(target: float, progress: float, shape: str = "cubic", share: float = 0.75) -> float:
+    """Budget to aim at after ``progress`` (0..1) of the learn phase: from 1 down to ``target`` over ``share`` of it.
+
+    ``"cubic"`` (Zhu and Gupta 2017) and ``"exponential"`` remove most channels early, when they are easy to spare;
+    ``"linear"`` removes equally much at all times.
+    """
+    p = min(1.0, max(0.0, progress) / share)
+    if shape == "cubic":
+        return target + (1.0 - target) * (1.0 - p) ** 3
+    return float(target**p) if shape == "exponential" else 1.0 - (1.0 - target) * p
 
 
 class PenaltyController:

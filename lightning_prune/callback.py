@@ -62,6 +62,7 @@ class ChannelPruning(pl.Callback):
         rewind_to: optimizer step whose weights the fit returns to when channels are selected (lottery tickets); the
             optimizer's state starts afresh, schedules go on.
         remove_branches: whole residual branches may go when all their channels do; their layers vanish, the shortcut stays.
+        ramp: how the budget tightens while learning: ``"cubic"``, ``"exponential"`` or ``"linear"``.
         monitor: validation metric whose plateau ends finetuning, for example ``"val_loss"``; None: never.
         patience: epochs without improvement that make a plateau.
         example_inputs: what ``forward`` takes; by default ``example_input_array`` or the first training samples.
@@ -107,6 +108,7 @@ class ChannelPruning(pl.Callback):
         reconstruct: bool = False,
         rewind_to: int | None = None,
         remove_branches: bool = False,
+        ramp: str = "cubic",
         monitor: str | None = None,
         patience: int = 5,
         example_inputs: ExampleInputs | None = None,
@@ -138,6 +140,7 @@ class ChannelPruning(pl.Callback):
             reconstruct=reconstruct,
             rewind_to=rewind_to,
             remove_branches=remove_branches,
+            ramp=ramp,
             seed=seed,
             dead_channel_skipping=dead_channel_skipping,
         )

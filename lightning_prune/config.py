@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .budget import RAMPS
 from .compaction import CompactionPlan
 from .cost import METRICS
 from .criteria import CRITERIA
@@ -76,6 +77,7 @@ class PruneConfig:
     reconstruct: bool
     rewind_to: int | None
     remove_branches: bool
+    ramp: str
     seed: int
     dead_channel_skipping: bool = True
 
@@ -83,6 +85,7 @@ class PruneConfig:
         check_fraction("target", self.target)
         check_choice("metric", self.metric, METRICS)
         check_choice("method", self.method, methods())
+        check_choice("ramp", self.ramp, RAMPS)
         for name in ("warmup_epochs", "learn_epochs", "finetune_epochs"):
             value = getattr(self, name)
             if value is not None:
@@ -98,6 +101,10 @@ class PruneConfig:
         check_ratios(self.ratios)
         if self.rewind_to is not None:
             check_positive("rewind_to", self.rewind_to, least=0)
+        if not isinstance(self.dead_channel_skipping, bool):
+            raise ValueError(
+                f"dead_channel_skipping must be True or False; got {self.dead_channel_skipping!r}"
+            )
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
         if self.learned and self.learn_epochs == 0:

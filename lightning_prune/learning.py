@@ -99,7 +99,7 @@ class MaskLearner:
             gates.update(torch.zeros(len(mask), device=gates.dead.device))
             self.done += 1
             return False
-        aim = ramped_target(self.config.target, self.done / self.steps)
+        aim = ramped_target(self.config.target, self.done / self.steps, self.config.ramp)
         presence = gates.presence().cpu().numpy().astype(np.float64)
         # early on what is on its way out counts in part, or everything in flight would overshoot; in the end only what
         # is really gone counts

@@ -47,7 +47,8 @@ class L0Gates(Gates):
         penalty: ``"hard_sigmoid"`` replaces ``P`` in the penalty by a straight line for ``log alpha`` in [-4, 4], which
             pushes equally everywhere; ``"exact"`` uses ``P``.
         polarize: strength of a push away from ``P = 1/2``, relative to the penalty.
-        binary: fold ``log alpha >= 0`` as 1 instead of the deterministic gate's value.
+        binary: channels that stay are folded as 1, as in the source article; otherwise as the deterministic gate's value,
+            which can be so small that a thin network dies.
         seed: of the noise.
     """
 
@@ -68,7 +69,7 @@ class L0Gates(Gates):
         parametrization: Literal["log", "raw"] = "log",
         penalty: Literal["hard_sigmoid", "exact"] = "hard_sigmoid",
         polarize: float = 0.0,
-        binary: bool = False,
+        binary: bool = True,
         seed: int = 0,
     ) -> None:
         if beta <= 0 or (beta_end is not None and beta_end <= 0):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_prune import CostModel, trace_channels
-from lightning_prune.budget import PenaltyController, ramped_target
+from lightning_prune.budget import RAMPS, PenaltyController, ramped_target
 from lightning_prune.gates import GateHooks, L1Gates
 from lightning_prune.weights import WeightKeeper
 from tests.fit.toys import ToyNet, toy_data
@@ -161,10 +163,13 @@ def test_controller_pushes_until_the_target_and_lets_go_below_it() -> None:
 
 
 def test_ramp() -> None:
-    assert ramped_target(0.3, 0.0) == 1.0
-    assert ramped_target(0.3, 0.375) == pytest.approx(0.65)
-    assert ramped_target(0.3, 0.75) == pytest.approx(0.3)
-    assert ramped_target(0.3, 1.0) == pytest.approx(0.3)
+    halfway = {"linear": 0.65, "cubic": 0.3 + 0.7 / 8, "exponential": math.sqrt(0.3)}
+    assert set(halfway) == set(RAMPS)
+    for shape, value in halfway.items():
+        assert ramped_target(0.3, 0.0, shape) == 1.0
+        assert ramped_target(0.3, 0.375, shape) == pytest.approx(value)
+        assert ramped_target(0.3, 0.75, shape) == pytest.approx(0.3)
+        assert ramped_target(0.3, 1.0, shape) == pytest.approx(0.3)
 
 
 def test_weight_penalty_is_the_gradient_of_l1_and_l2() -> None:

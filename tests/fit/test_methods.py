@@ -101,8 +101,9 @@ def test_l0_options() -> None:
     evaluated = gates.multipliers(training=False)
     expected = (1.2 * torch.sigmoid(gates.alpha.detach()) - 0.1).clamp(0, 1)
     torch.testing.assert_close(evaluated.detach(), expected)
-    _, _, binary = make(L0Gates, binary=True)
-    assert torch.equal(binary.final(), torch.ones_like(binary.final()))
+    assert torch.equal(gates.final(), torch.ones_like(evaluated))
+    _, _, soft = make(L0Gates, binary=False)
+    torch.testing.assert_close(soft.final(), soft.multipliers(training=False).detach())
     with pytest.raises(ValueError, match="parametrization must be one of log, raw; got 'exp'"):
         make(L0Gates, parametrization="exp")
 

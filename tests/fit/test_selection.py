@@ -167,7 +167,7 @@ def config(**options: object) -> PruneConfig:
         "finetune_epochs": None, "include": None, "exclude": None, "prune_streams": False, "round_to": 1,
         "min_channels": 1, "alternate_every_n_steps": 0, "weight_l1": 0.0, "weight_l2": 0.0, "sphere": False,
         "gate_lr": None, "snap_threshold": 0.02, "method_options": {}, "seed": 0,
-        "ratios": None, "reconstruct": False, "rewind_to": None, "remove_branches": False,
+        "ratios": None, "reconstruct": False, "rewind_to": None, "remove_branches": False, "ramp": "cubic",
     }  # fmt: skip
     return PruneConfig(**(base | options))  # type: ignore[arg-type]
 
