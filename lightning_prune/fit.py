@@ -134,7 +134,7 @@ class PruningFit:
             model.load_state_dict(self.early)
             self.early = None
         elif self.config.reconstruct and data:
-            fitted, _ = reconstruct(model, to_model(self.inputs, model), plan, data)
+            fitted, _ = reconstruct(model, self._inputs_for(model), plan, data)
             model.load_state_dict(fitted.state_dict())
         self.hold(plan)
 
@@ -162,11 +162,16 @@ class PruningFit:
         if self.skipper is not None:
             self.skipper.detach()
 
+    def _inputs_for(self, model: nn.Module) -> ExampleInputs:
+        """On the model's device and, in a true half or double precision fit, in its dtype."""
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        return to_model(self.inputs, model, dtype)
+
     def compact(self, model: nn.Module) -> tuple[nn.Module, PruneReport]:
         """The smaller copy of ``model``, proven equal, and the report. Only after :meth:`select` or :meth:`hold`."""
         assert self.plan is not None
         self.release()
-        inputs = to_model(self.inputs, model)
+        inputs = self._inputs_for(model)
         smaller = compact(model, inputs, self.plan).eval()
         error = max_relative_error(mask_channels(model, inputs, self.plan), smaller, inputs)
         return smaller, PruneReport.of(self.graph, self.plan, error)
