@@ -67,7 +67,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cpu_threads(threads: int | None) -> Iterator[None]:
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """So many threads of torch inside; None leaves them as they are."""
     before = torch.get_num_threads()
     try:
         if threads is not None:
@@ -155,7 +156,7 @@ def compare_latency(
     }
     seconds: dict[str, list[float]] = {name: [] for name in models}
     total = 0.0
-    with evaluating(*models.values()), torch.inference_mode(), _cpu_threads(threads):
+    with evaluating(*models.values()), torch.inference_mode(), cpu_threads(threads):
         for _ in range(warmup):
             for call in calls.values():
                 timer(call)

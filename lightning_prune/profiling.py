@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .inputs import ExampleInputs, call_model
 from .latency import evaluating
+from .ops.availability import extension_available
 from .report import to_text
 
 
@@ -94,6 +96,38 @@ def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _compact_flops(
+    x: Tensor, packed: Tensor, bias: Any, residual: Any, in_index: Any, out_index: Any, weight_shape: list[int],
+    *rest: Any, out_val: Tensor, **named: Any,
+) -> int:  # fmt: skip
+    return 2 * out_val.shape[0] * math.prod(out_val.shape[2:]) * math.prod(weight_shape)
+
+
+def _masked_flops(
+    x: Tensor, weight: Tensor, bias: Any, gate: Any, live_in: Tensor | None, live_out: Tensor | None, stride: Any,
+    padding: Any, dilation: Any, groups: int, *rest: Any, out_val: Tensor, **named: Any,
+) -> int:  # fmt: skip
+    ins, outs = _per_group(live_in, x.shape[1], groups), _per_group(live_out, weight.shape[0], groups)
+    pairs = sum(i * o for i, o in zip(ins, outs, strict=True))
+    return 2 * out_val.shape[0] * math.prod(out_val.shape[2:]) * math.prod(weight.shape[2:]) * pairs
+
+
+def _per_group(live: Tensor | None, channels: int, groups: int) -> list[int]:
+    """How many channels live in each group."""
+    size = channels // groups
+    return [size] * groups if live is None else torch.bincount(live.cpu() // size, minlength=groups).tolist()
+
+
+def _flop_formulas() -> dict[Any, Callable[..., int]]:
+    """What this package's operators compute, for torch's counter: live channels only."""
+    if not extension_available():
+        return {}
+    for formula in (_compact_flops, _masked_flops):
+        formula._get_raw = True  # type: ignore[attr-defined]  # tensors instead of shapes
+    own = torch.ops.lightning_prune
+    return {own.compact_conv2d: _compact_flops, own.masked_conv2d: _masked_flops}
+
+
 def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
     """Count what one forward pass in eval mode costs; nothing of the model changes.
 
@@ -109,7 +143,7 @@ def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
     """
     leaves = list(_leaves(model))
     counts = {module: _Counts() for _, module in leaves}
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_flop_formulas())
     alive: dict[int, Tensor] = {}  # storages seen so far, kept alive so that no address is used twice
     distinct_bytes = 0
 

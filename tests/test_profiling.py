@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_prune import ops, optimize_for_inference
 from lightning_prune.models import ArticleNet, resnet20
+from lightning_prune.nn import CompactConv2d, MaskedConv2d
 from lightning_prune.profiling import profile
 
 
@@ -111,3 +113,32 @@ def test_table_shows_layers_and_totals() -> None:
     assert "1x20" in text
     assert "2,020" in text
     assert "2,000" in text
+
+
+@pytest.mark.skipif(not ops.extension_available(), reason="no compiled extension")
+def test_compiled_operators_count_what_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = nn.Conv2d(6, 8, (3, 5), stride=2, groups=2)  # 4 outputs of 3 inputs in each of 2 groups
+    x = torch.randn(2, 6, 11, 13)
+    pixels = 2 * 5 * 5
+    assert profile(CompactConv2d.from_conv(conv), x).macs == pixels * 15 * 8 * 3
+    masked = MaskedConv2d.from_conv(conv)
+    assert profile(masked, x).macs == pixels * 15 * 8 * 3
+    masked.set_live(
+        torch.tensor([0, 2, 4]), torch.tensor([0, 1, 2, 7])
+    )  # (2 of 3) x (3 of 4), (1 of 3) x (1 of 4)
+    assert profile(masked, x).macs == pixels * 15 * (2 * 3 + 1 * 1)
+
+    class Scattered(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            module = CompactConv2d.from_conv(
+                nn.Conv2d(2, 3, 1), in_index=torch.tensor([5, 1]), out_index=torch.tensor([0, 4, 2])
+            )
+            return module(x, x)
+
+    assert profile(Scattered(), x).macs == 2 * 11 * 13 * 2 * 3
+    monkeypatch.setenv("LIGHTNING_PRUNE_BACKEND", "own")
+    monkeypatch.setenv("LIGHTNING_PRUNE_CACHE", "off")
+    net = resnet20(width=4)
+    fast = optimize_for_inference(net, torch.randn(1, 3, 16, 16))
+    assert any(isinstance(module, CompactConv2d) for module in fast.modules())
+    assert profile(fast, torch.randn(3, 3, 16, 16)).macs == profile(net, torch.randn(3, 3, 16, 16)).macs
