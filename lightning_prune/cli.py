@@ -128,16 +128,24 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from .latency import measure_latency
+    from .latency import compare_latency, cpu_threads
 
-    latency = measure_latency(
-        load_model(arguments.model),
-        _example(arguments.input_shape),
+    model, example = load_model(arguments.model).eval(), _example(arguments.input_shape)
+    models = {"model": model}
+    if arguments.optimize:
+        from .inference import optimize_for_inference
+
+        with cpu_threads(arguments.threads):
+            models["optimized"] = optimize_for_inference(model, example)
+    measured = compare_latency(
+        models,
+        example,
         repeats=arguments.repeats,
         min_seconds=arguments.min_seconds,
         threads=arguments.threads,
     )
-    print(latency)
+    for name, latency in measured.items():
+        print(latency if len(measured) == 1 else f"{name:<10}{latency}")
     return 0
 
 
@@ -212,6 +220,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--min-seconds", type=float, default=1.0, help="measure at least so long (default: %(default)s)"
+    )
+
+    bench.add_argument(
+        "--optimize", action="store_true", help="also the same model through optimize_for_inference, in turns"
     )
 
     prune = command("prune", _prune, "prune a model without training and save the compact network")

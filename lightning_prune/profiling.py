@@ -123,7 +123,7 @@ def _flop_formulas() -> dict[Any, Callable[..., int]]:
     if not extension_available():
         return {}
     for formula in (_compact_flops, _masked_flops):
-        formula._get_raw = True  # type: ignore[attr-defined]  # tensors instead of shapes
+        formula.__dict__["_get_raw"] = True  # torch's mark for tensors as arguments instead of shapes
     own = torch.ops.lightning_prune
     return {own.compact_conv2d: _compact_flops, own.masked_conv2d: _masked_flops}
 

@@ -106,6 +106,27 @@ def test_bench_prints_milliseconds(zoo: str, capsys: pytest.CaptureFixture[str])
     assert "n=3" in capsys.readouterr().out
 
 
+def test_bench_beside_the_optimized_model(
+    zoo: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_PRUNE_CACHE", "off")
+    arguments = [
+        "--input-shape",
+        "1,3,8,8",
+        "--threads",
+        "1",
+        "--repeats",
+        "3",
+        "--min-seconds",
+        "0",
+        "--optimize",
+    ]
+    assert main(["bench", f"{zoo}:build", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["model", "optimized"]
+    assert all("n=3" in line for line in lines)
+
+
 def test_prune_writes_a_checkpoint_that_loads(zoo: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "prune",

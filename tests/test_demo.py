@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,14 @@ from lightning_prune.plots import plot_gates
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, Task, str]:
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict, Task, str]]:
     folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_PRUNE_CACHE", "off")
+        yield _run(folder)
+
+
+def _run(folder: Path) -> tuple[Path, dict, Task, str]:
     task = Task("digits", DigitsDataModule, widths=(8, 8, 12, 12, 24), epochs=(2, 2, 2))
     console = Console(width=160, record=True, quiet=False, force_terminal=False)
     with console.capture() as captured:
@@ -29,7 +36,7 @@ def test_metrics_file_holds_what_is_returned(small_run: tuple[Path, dict, Task, 
     folder, metrics, _, _ = small_run
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     digits = metrics["digits"]
-    for variant in ("dense", "masked", "compact"):
+    for variant in ("dense", "masked", "compact", "dense_optimized", "optimized"):
         assert set(digits[variant]["latency_ms"]) == {"1", "64"}
         assert all(value > 0 for value in digits[variant]["latency_ms"].values())
         per_seed = digits[variant]["accuracy_per_seed"]
@@ -47,6 +54,17 @@ def test_compact_is_the_masked_network_made_smaller(small_run: tuple[Path, dict,
         digits["compact"]["macs_per_seed"], digits["dense"]["macs_per_seed"], strict=True
     ):
         assert 0.3 * dense < compact <= 0.505 * dense
+
+
+def test_optimized_networks_are_the_same_networks(small_run: tuple[Path, dict, Task, str]) -> None:
+    _, metrics, _, _ = small_run
+    digits = metrics["digits"]
+    for fast, plain in (("dense_optimized", "dense"), ("optimized", "compact")):
+        assert digits[fast]["accuracy_per_seed"] == pytest.approx(
+            digits[plain]["accuracy_per_seed"], abs=0.003
+        )
+        assert digits[fast]["macs_per_seed"] == digits[plain]["macs_per_seed"]
+        assert digits[fast]["params_per_seed"] == digits[plain]["params_per_seed"]
 
 
 def test_files_give_the_measured_network_again(small_run: tuple[Path, dict, Task, str]) -> None:
@@ -77,6 +95,9 @@ def test_tables_are_printed(small_run: tuple[Path, dict, Task, str]) -> None:
         "latency, batch 64",
         "live channels",
         "compact against masked",
+        "dense optimized",
+        "compact + kernels",
+        "the pruning fit took",
     ):
         assert word in text
 
