@@ -40,7 +40,8 @@ class ChannelPruning(pl.Callback):
 
     Args:
         target: fraction of the dense cost to keep, in (0, 1]; met within 1 % from below where the widths allow.
-        metric: ``"macs"`` or ``"params"``.
+        metric: ``"macs"``, ``"params"`` or ``"latency"``, measured on the training device for the batch of
+            ``example_inputs`` (one process only).
         method: ``"l1"`` learns gates; ``"magnitude"``, ``"random"`` and ``"first_k"`` rank the weights once after warmup.
         plan: a :class:`CompactionPlan` or its path instead of a method: its masks hold from the first step.
         warmup_epochs / learn_epochs: default to a fifth and two fifths of the trainer's ``max_epochs``.
@@ -178,6 +179,11 @@ class ChannelPruning(pl.Callback):
             raise MisconfigurationException(
                 f"ChannelPruning does not work with {type(trainer.strategy).__name__}, which shards the weights that "
                 "channels are made of. Use strategy='auto' or strategy='ddp'."
+            )
+        if self.config.metric == "latency" and trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"metric='latency' measures one device, but the Trainer has {trainer.world_size} processes, whose "
+                "measurements differ. Use devices=1, or metric='macs'."
             )
         try:
             self._schedule = self._fast_dev_run_schedule(trainer) or Schedule.resolve(

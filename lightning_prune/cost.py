@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +10,23 @@ import numpy.typing as npt
 from .channels.groups import ChannelGraph, Term
 
 Metric = Literal["macs", "params"]
-METRICS: tuple[str, ...] = ("macs", "params")
+COUNTED: tuple[str, ...] = ("macs", "params")
+METRICS: tuple[str, ...] = (*COUNTED, "latency")
 Floats = npt.NDArray[np.float64]
+
+
+class Cost(Protocol):
+    """What selection needs to know of a metric."""
+
+    metric: str
+    num_channels: int
+    dense: float
+
+    def cost(self, mask: npt.NDArray[np.generic]) -> float:
+        """Cost of a mask."""
+
+    def marginal(self, mask: npt.NDArray[np.generic]) -> Floats:
+        """What one more of each channel costs."""
 
 
 class CostModel:
@@ -27,10 +42,10 @@ class CostModel:
     """
 
     def __init__(self, graph: ChannelGraph, metric: Metric = "macs") -> None:
-        if metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        if metric not in COUNTED:
+            raise ValueError(f"CostModel counts {' or '.join(COUNTED)}, got metric={metric!r}")
         terms: tuple[Term, ...] = graph.macs_terms if metric == "macs" else graph.params_terms
-        self.metric = metric
+        self.metric: str = metric
         self.num_channels = graph.num_channels
         live_terms = [t for t in terms if any(len(a.channels) for a in t.axes)]
         ones = np.ones(self.num_channels)

@@ -14,9 +14,10 @@ from .channels import trace_channels
 from .channels.groups import Mask
 from .compaction import CompactionPlan, compact, mask_channels, max_relative_error
 from .config import PruneConfig
-from .cost import CostModel
+from .cost import Cost, CostModel
 from .criteria import saliency
 from .inputs import ExampleInputs, to_model
+from .latency_cost import measure_latency_cost, select_measured
 from .learning import MaskLearner
 from .outcome import PruneReport
 from .reconstruction import reconstruct
@@ -45,7 +46,7 @@ class PruningFit:
         self.config, self.inputs = config, inputs
         self.graph = trace_channels(model, inputs)
         self.macs, self.params = CostModel(self.graph, "macs"), CostModel(self.graph, "params")
-        self.cost = self.params if config.metric == "params" else self.macs
+        self.cost: Cost = self.params if config.metric == "params" else self.macs
         self.plan: CompactionPlan | None = None
         self.learner: MaskLearner | None = None
         self.keeper: WeightKeeper | None = None
@@ -62,11 +63,12 @@ class PruningFit:
             self._protected = protected_channels(
                 self.graph, config.include, config.exclude, config.prune_streams
             )
-            self._choose(
-                np.ones(self.graph.num_channels)
-            )  # an unreachable budget shows now, not after learning
+            if config.metric != "latency":  # which is measured when the model is on its device
+                self._choose(
+                    np.ones(self.graph.num_channels)
+                )  # an unreachable budget shows now, not after learning
 
-    def _choose(self, values: np.ndarray, alive: Mask | None = None) -> Mask:
+    def _choose(self, values: np.ndarray, alive: Mask | None = None, share: float | None = None) -> Mask:
         eligible, kept = fix_ratios(self.graph, values, self.config.ratios)
         if alive is not None:
             eligible = eligible & (alive | kept)
@@ -74,7 +76,7 @@ class PruningFit:
             self.graph,
             values,
             self.cost,
-            self.config.target,
+            self.config.target if share is None else share,
             min_channels=self.config.min_channels,
             round_to=self.config.round_to,
             eligible=eligible,
@@ -87,6 +89,9 @@ class PruningFit:
     def begin(self, model: nn.Module, state: Mapping[str, Any], learn_steps: int) -> None:
         """The model is on its device: take up a checkpoint's ``state`` (empty: none), or hold the given plan."""
         self.keeper = WeightKeeper(model, self.graph)
+        if self.config.metric == "latency" and self.config.plan is None:
+            self.cost = measure_latency_cost(model, self._inputs_for(model), self.graph)
+            self._choose(np.ones(self.graph.num_channels))
         if self.config.dead_channel_skipping:
             self.skipper = DeadChannelSkipper(model, self.graph)
         self.early = state.get("early")
@@ -122,13 +127,14 @@ class PruningFit:
         """
         assert self.keeper is not None
         if self.learner is not None:
-            mask = self._choose(self.learner.saliency(), self.learner.mask())
+            values, alive = self.learner.saliency(), self.learner.mask()
             self.learner.gates.detach()
             if self.early is None:
                 self.keeper.fold(self.learner.gates.final())
             self.learner = None
         else:
-            mask = self._choose(saliency(self.config.method, model, self.graph, self.config.seed))
+            values, alive = saliency(self.config.method, model, self.graph, self.config.seed), None
+        mask = self._final(model, values, alive)
         plan = CompactionPlan.from_mask(self.graph, mask, remove_branches=self.config.remove_branches)
         if self.early is not None:
             model.load_state_dict(self.early)
@@ -141,6 +147,18 @@ class PruningFit:
     def remember(self, model: nn.Module) -> None:
         """Keep the present weights to rewind to (lottery tickets, Frankle and Carbin 2019)."""
         self.early = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+    def _final(self, model: nn.Module, values: np.ndarray, alive: Mask | None) -> Mask:
+        if self.config.metric != "latency":
+            return self._choose(values, alive)
+        mask, _ = select_measured(
+            model,
+            self._inputs_for(model),
+            self.graph,
+            self.config.target,
+            lambda share: self._choose(values, alive, share),
+        )
+        return mask
 
     def hold(self, plan: CompactionPlan) -> None:
         """From now on the removed channels are exactly zero."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .budget import PenaltyController, ramped_target
 from .channels.groups import ChannelGraph, Mask
 from .config import PruneConfig
-from .cost import CostModel
+from .cost import Cost
 from .gates import LEARNED
 from .scope import fixed_shares
 
@@ -45,7 +45,7 @@ class MaskLearner:
         self,
         model: nn.Module,
         graph: ChannelGraph,
-        cost: CostModel,
+        cost: Cost,
         config: PruneConfig,
         protected: Mask,
         steps: int,

@@ -10,11 +10,13 @@ from torch import nn
 
 from .branches import removable_branches
 from .channels import trace_channels
+from .channels.groups import Mask
 from .compaction import CompactionPlan, compact, mask_channels, max_relative_error
 from .config import check_choice, check_fraction, check_positive
-from .cost import METRICS, CostModel, Metric
+from .cost import METRICS, Cost, CostModel
 from .criteria import CRITERIA, saliency
 from .inputs import ExampleInputs
+from .latency_cost import measure_latency_cost, select_measured
 from .outcome import PruneReport
 from .reconstruction import reconstruct as refit_consumers
 from .scope import Patterns, check_patterns, check_ratios, fix_ratios, protected_channels
@@ -34,7 +36,7 @@ def prune_channels(
     model: nn.Module,
     example_inputs: ExampleInputs,
     target: float = 0.5,
-    metric: Metric = "macs",
+    metric: str = "macs",
     method: str = "magnitude",
     *,
     include: Patterns = None,
@@ -56,7 +58,8 @@ def prune_channels(
         model: any ``nn.Module``; untouched.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for ``forward``.
         target: fraction of the dense cost to keep, in (0, 1]; met within 1 % from below where the widths allow.
-        metric: ``"macs"`` or ``"params"``.
+        metric: ``"macs"``, ``"params"``, or ``"latency"``: measured here and now for the batch of ``example_inputs``,
+            before and after compaction.
         method: one of ``lightning_prune.criteria.CRITERIA``.
         include: module names or regular expressions of the only layers to prune, see ``scope.protected_channels``.
         exclude: the same for layers to keep whole.
@@ -90,17 +93,30 @@ def prune_channels(
     values = saliency(method, model, graph, seed)
     eligible, kept = fix_ratios(graph, values, ratios)
     protected = protected_channels(graph, include, exclude, prune_streams) & eligible
-    mask = select_channels(
-        graph,
-        values,
-        CostModel(graph, metric),
-        target,
-        min_channels=min_channels,
-        round_to=round_to,
-        eligible=eligible,
-        protected=protected | kept,
-        removable=removable_branches(model, example_inputs, graph) if remove_branches else None,
+    removable = removable_branches(model, example_inputs, graph) if remove_branches else None
+    cost: Cost = (
+        measure_latency_cost(model, example_inputs, graph)
+        if metric == "latency"
+        else CostModel(graph, metric)  # type: ignore[arg-type]
     )
+
+    def choose(share: float) -> Mask:
+        return select_channels(
+            graph,
+            values,
+            cost,
+            share,
+            min_channels=min_channels,
+            round_to=round_to,
+            eligible=eligible,
+            protected=protected | kept,
+            removable=removable,
+        )
+
+    if metric == "latency":
+        mask, _ = select_measured(model, example_inputs, graph, target, choose)
+    else:
+        mask = choose(target)
     plan = CompactionPlan.from_mask(graph, mask, remove_branches=remove_branches)
     if reconstruct and data is not None:
         model, _ = refit_consumers(model, example_inputs, plan, data)

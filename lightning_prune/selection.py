@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .channels.groups import ChannelGraph, Mask
-from .cost import CostModel
+from .cost import Cost
 from .errors import BudgetError
 
 Floats = npt.NDArray[np.float64]
@@ -41,7 +41,7 @@ def _ranked(values: Floats) -> npt.NDArray[np.int64]:
 def select_channels(
     graph: ChannelGraph,
     saliency: Floats,
-    cost: CostModel,
+    cost: Cost,
     target: float,
     *,
     min_channels: int = 1,
@@ -123,7 +123,7 @@ def _round_down(graph: ChannelGraph, values: Floats, mask: Mask, floor: Mask, ro
 def _fill_up(
     graph: ChannelGraph,
     values: Floats,
-    cost: CostModel,
+    cost: Cost,
     limit: float,
     mask: Mask,
     round_to: int,

@@ -24,7 +24,7 @@ from tests.fit.toys import ToyModule, loader, toy_data, trainer
         ({"target": 1.5}, r"target .* got 1.5"),
         ({"target": float("nan")}, "target"),
         ({"target": "half"}, "target .* got 'half'"),
-        ({"metric": "flops"}, "metric must be one of macs, params; got 'flops'"),
+        ({"metric": "flops"}, "metric must be one of macs, params, latency; got 'flops'"),
         ({"method": "l2"}, "method must be one of .*l1.*magnitude.*; got .l2."),
         ({"warmup_epochs": -1}, "warmup_epochs .* got -1"),
         ({"learn_epochs": 0}, "learn_epochs must be at least 1"),

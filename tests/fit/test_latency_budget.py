@@ -1,0 +1,161 @@
+"""Latency as a budget: the table, the prediction, and the last word of the stopwatch."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_prune import (
+    BudgetError,
+    ChannelPruning,
+    CompactionPlan,
+    compare_latency,
+    prune_channels,
+    trace_channels,
+)
+from lightning_prune.channels import ChannelGraph
+from lightning_prune.compaction import apply_plan
+from lightning_prune.latency_cost import LatencyCost, LayerTable, measure_latency_cost, select_measured
+from tests.fit.toys import ToyModule, loader, trainer
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_PRUNE_CACHE", str(tmp_path / "cache"))
+
+
+class Wide(nn.Module):
+    """Big enough that the convolutions are what takes the time; with a depthwise, a grouped and a transposed layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.ReLU(),
+            nn.Conv2d(64, 96, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(96, 64, 3, padding=1, groups=4), nn.ReLU(),
+            nn.ConvTranspose2d(64, 48, 2, stride=2), nn.ReLU(),
+            nn.Conv2d(48, 4, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def by_hand() -> LatencyCost:
+    """Two layers with known times, proportional to their prunable width."""
+    net = nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    graph = trace_channels(net, torch.randn(1, 2, 4, 4))
+    widths, ids = np.array([1.0, 4.0, 8.0]), np.arange(8)
+    first = LayerTable("0", np.array([2.0]), widths, 2e-3 * widths[None], np.full(2, -1), ids)
+    second = LayerTable("2", widths, np.array([3.0]), 2e-3 * widths[:, None], ids, np.full(3, -1))
+    return LatencyCost(graph, (first, second), 2.0, 0.5)
+
+
+def test_costs_and_marginals_of_a_known_table() -> None:
+    cost = by_hand()
+    mask = np.ones(8, dtype=bool)
+    mask[[1, 5, 6]] = False
+    assert cost.dense == pytest.approx(0.5 + 2 * (2e-3 * 8 + 2e-3 * 8))
+    assert cost.cost(mask) == pytest.approx(0.5 + 2 * (2e-3 * 5 + 2e-3 * 5))
+    np.testing.assert_allclose(cost.marginal(mask), np.full(8, 2 * 4e-3), rtol=1e-9)
+
+
+def uniform(graph: ChannelGraph, share: float) -> np.ndarray:
+    return np.concatenate([np.arange(g.size) < max(1, round(share * g.size)) for g in graph])
+
+
+def test_the_table_is_measured_once_and_predicts_the_order_of_networks() -> None:
+    model, x = Wide().eval(), torch.randn(4, 3, 24, 24)
+    graph = trace_channels(model, x)
+    seen: list[str] = []
+    cost = measure_latency_cost(model, x, graph, lambda done, total, name: seen.append(name))
+    assert len(seen) == 6
+    again = measure_latency_cost(model, x, graph)
+    for a, b in zip(cost.tables, again.tables, strict=True):
+        assert np.array_equal(a.seconds, b.seconds), "the second time comes from the cache"
+    assert {t.module for t in cost.tables} == {"net.0", "net.2", "net.4", "net.6", "net.8", "net.10"}
+    shares = (1.0, 0.6, 0.25)
+    masks = [uniform(graph, share) for share in shares]
+    predicted = [cost.cost(mask) for mask in masks]
+    plans = [CompactionPlan.from_mask(graph, mask) for mask in masks]
+    measured = compare_latency({str(s): apply_plan(model, p) for s, p in zip(shares, plans, strict=True)}, x)
+    times = [latency.median for latency in measured.values()]
+    for slow, fast in itertools.pairwise(range(3)):
+        assert predicted[slow] > predicted[fast]
+        assert times[slow] > times[fast]
+
+
+def test_the_stopwatch_has_the_last_word() -> None:
+    """A prediction that is far off: the aim is corrected by what is measured."""
+    model, x = Wide().eval(), torch.randn(4, 3, 24, 24)
+    graph = trace_channels(model, x)
+    aims: list[float] = []
+
+    def too_careful(share: float) -> np.ndarray:
+        aims.append(share)
+        return uniform(graph, min(1.0, 0.35 + share))
+
+    mask, share = select_measured(model, x, graph, 0.5, too_careful)
+    assert len(aims) > 1
+    assert aims[1] < aims[0] == 0.5
+    assert share < 0.65, "measured; others may be using this machine"
+    assert mask.sum() < uniform(graph, 0.85).sum()
+
+    def unreachable(share: float) -> np.ndarray:
+        raise BudgetError("no")
+
+    with pytest.raises(BudgetError):
+        select_measured(model, x, graph, 0.5, unreachable)
+
+
+def test_prune_channels_to_a_latency() -> None:
+    model, x = Wide().eval(), torch.randn(4, 3, 24, 24)
+    result = prune_channels(model, x, target=0.6, metric="latency")
+    times = compare_latency({"dense": model, "compact": result.model}, x, min_seconds=0.5)
+    assert times["compact"].median <= 0.8 * times["dense"].median
+    assert result.report.macs_compact < result.report.macs_dense
+
+
+def test_a_fit_to_a_latency() -> None:
+    class Module(ToyModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Conv2d(1, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 48, 3, padding=1), nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 3),
+            )  # fmt: skip
+
+    callback = ChannelPruning(target=0.7, metric="latency", warmup_epochs=0, learn_epochs=2,
+                              example_inputs=torch.zeros(64, 1, 12, 12))  # fmt: skip
+    trainer([callback], 3).fit(Module(), loader())
+    assert callback.compact_model is not None
+    assert callback.report.macs_compact < callback.report.macs_dense
+
+
+def test_one_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = trainer([], 3)
+    monkeypatch.setattr(type(fit), "world_size", property(lambda self: 2))
+    with pytest.raises(
+        MisconfigurationException, match="metric='latency' measures one device, but the Trainer has 2"
+    ):
+        ChannelPruning(metric="latency").setup(fit, ToyModule(), "fit")
+
+
+def test_nothing_to_measure() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(2, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x @ self.a.T) @ self.b.T
+
+    with pytest.raises(BudgetError, match="found no convolution or linear layer"):
+        prune_channels(Odd(), torch.randn(2, 4), metric="latency")
