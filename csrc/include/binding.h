@@ -63,16 +63,23 @@ Tensor index_argument(const char* op, const char* name, const Tensor& t, int64_t
 ConvShape conv_shape(const char* op, const Tensor& x, const Sizes& weight, const Sizes& stride, const Sizes& padding,
                      const Sizes& dilation, int64_t groups, int64_t channels);
 
-// Scratch from torch's allocator for the length of one call.
+// Scratch memory for the length of one call. On the CPU it comes from a workspace that the calling thread keeps: fresh
+// memory costs a page fault every 4 KB. What does not fit comes from torch's allocator, and the workspace grows before the
+// next call, up to a limit.
 class Scratch {
  public:
-  explicit Scratch(const Tensor& like) : like_(like) {}
+  explicit Scratch(const Tensor& like);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   Env env();
   void* allocate(size_t bytes);
 
  private:
   Tensor like_;
   std::vector<Tensor> blocks_;
+  bool owns_workspace_;
+  size_t used_ = 0, wanted_ = 0;
 };
 
 void* current_stream(const Tensor& t);

@@ -1,5 +1,8 @@
 #include "binding.h"
 
+#include <algorithm>
+#include <memory>
+
 namespace lp {
 
 const char* dtype_name(ScalarType type) {
@@ -125,7 +128,42 @@ ConvShape conv_shape(const char* op, const Tensor& x, const Sizes& weight, const
   return s;
 }
 
+namespace {
+constexpr size_t kWorkspaceLimit = size_t(32) << 20;
+struct Workspace {
+  std::unique_ptr<char[]> memory;
+  size_t size = 0, wanted = 0;
+  bool taken = false;
+};
+thread_local Workspace workspace;
+}  // namespace
+
+Scratch::Scratch(const Tensor& like) : like_(like), owns_workspace_(!like.is_cuda() && !workspace.taken) {
+  if (!owns_workspace_) return;
+  workspace.taken = true;
+  if (workspace.wanted > workspace.size) {
+    workspace.memory.reset();
+    workspace.size = 0;
+    workspace.memory.reset(new char[workspace.wanted]);
+    workspace.size = workspace.wanted;
+  }
+}
+
+Scratch::~Scratch() {
+  if (!owns_workspace_) return;
+  workspace.wanted = std::min(std::max(workspace.wanted, wanted_), kWorkspaceLimit);
+  workspace.taken = false;
+}
+
 void* Scratch::allocate(size_t bytes) {
+  if (owns_workspace_) {
+    const size_t size = (bytes + 63) / 64 * 64;
+    wanted_ += size;
+    if (used_ + size <= workspace.size) {
+      used_ += size;
+      return workspace.memory.get() + used_ - size;
+    }
+  }
   const Sizes shape{int64_t(bytes)};
   blocks_.push_back(torch::stable::empty(shape, ScalarType::Byte, std::nullopt, like_.device()));
   return blocks_.back().data_ptr();

@@ -47,7 +47,8 @@ def test_matches_the_reference(
         pytest.skip("Winograd weights are packed on the CPU")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999), label="seed"))
     height, width = (max(s, 3 - 2 * p) for s, p in zip(size, padding, strict=True))
-    weight = torch.randn(outputs, inputs, 3, 3, generator=generator)
+    # Results of about one: the activations would hide the size of the sums that were rounded.
+    weight = torch.randn(outputs, inputs, 3, 3, generator=generator) / (3 * inputs**0.5)
     in_index = residual = out_index = None
     channels = inputs
     if data.draw(st.booleans(), label="gather"):

@@ -85,7 +85,8 @@ void compact(const CompactForward& f, const Env& env) {
   p.residual = f.residual;
   p.act = f.act;
 
-  // Channels of y that no output adds to: act(residual).
+  // Channels of y that no output adds to: act(residual). Whole pixels, where that is possible: the outputs follow.
+  const bool filled = f.y_channels > s.outputs && f.dtype == DType::f32 && level().residual_rows(p, f.y_channels, env);
   uint8_t* touched = scratch<uint8_t>(env, f.y_channels);
   std::memset(touched, 0, size_t(f.y_channels));
   for (int64_t i = 0; i < s.outputs; ++i) touched[f.out_index[i]] = 1;
@@ -94,7 +95,7 @@ void compact(const CompactForward& f, const Env& env) {
   for (int64_t c = 0; c < f.y_channels; ++c)
     if (!touched[c]) rest.ids[count++] = c;
   rest.begin[1] = count;
-  fill_channels(p, rest, nullptr, nullptr, f.dtype, env);
+  if (!filled) fill_channels(p, rest, nullptr, nullptr, f.dtype, env);
   if (s.outputs == 0) return;
 
   const bool depthwise = is_depthwise(s);
@@ -104,9 +105,16 @@ void compact(const CompactForward& f, const Env& env) {
   int64_t* begin = scratch<int64_t>(env, groups + 1);
   for (int64_t i = 0; i < s.outputs; ++i) outs.ids[i] = f.out_index[i];
   p.weight = f.packed;
+  p.shift = f.bias;
   if (depthwise) {
     const int64_t multiplier = s.outputs / s.groups;
     for (int64_t i = 0; i < s.outputs; ++i) ins.ids[i] = f.in_index[i / multiplier];
+    int64_t all[2] = {0, s.outputs};
+    p.groups = 1;
+    p.in_channel = ins.ids;
+    p.out_channel = outs.ids;
+    p.in_begin = p.out_begin = all;
+    if (f.dtype == DType::f32 && multiplier == 1 && level().depthwise(p, env)) return;
     cut_chunks(ins, s.outputs, kDepthwiseChunk);
     cut_chunks(outs, s.outputs, kDepthwiseChunk);
     T* weight = scratch<T>(env, (s.outputs + kPanel) * taps.count);
@@ -133,7 +141,6 @@ void compact(const CompactForward& f, const Env& env) {
   p.out_channel = outs.ids;
   p.out_begin = outs.begin;
   p.weight_begin = begin;
-  p.shift = f.bias;
   p.depthwise = depthwise;
   if (use_winograd(f)) {
     p.weight = static_cast<const float*>(f.packed) + packed_size(s.outputs, s.channels, 9, 1);

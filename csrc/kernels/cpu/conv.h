@@ -1,124 +1,4 @@
-// Direct convolution: register tiles of MR pixels by P panels of 16 outputs over a staged channels-last band.
-// Included once per instruction set (see simd.h).
-
-template <class T>
-using TileFn = void (*)(const T* const* pixel, const int64_t* run_at, const int64_t* run_length, int runs, const T* weight,
-                        int64_t panel_stride, T* out);
-
-// GCC spills accumulators that are indexed in a loop; a fold over constant indices keeps them in registers.
-template <class T, int Bytes, int W, int P, int MR, int... I>
-static inline __attribute__((always_inline)) void tile_body(const T* const* pixel, const int64_t* run_at,
-                                                            const int64_t* run_length, int runs, const T* weight,
-                                                            int64_t panel_stride, T* out, std::integer_sequence<int, I...>) {
-  using V = typename Simd<T, Bytes>::reg;
-  using M = typename Simd<T, Bytes>::mem;
-  constexpr int L = Simd<T, Bytes>::lanes, per_panel = W / L, NV = per_panel * P;
-  V acc[MR * NV] = {};
-  const T* panel[P];
-  for (int i = 0; i < P; ++i) panel[i] = weight + i * panel_stride;
-  for (int r = 0; r < runs; ++r) {
-    const int64_t at = run_at[r], length = run_length[r];
-    const T* x[MR];
-    for (int j = 0; j < MR; ++j) x[j] = pixel[j] + at;
-    for (int64_t k = 0; k < length; ++k) {
-      V b[NV];
-      for (int v = 0; v < NV; ++v) b[v] = *reinterpret_cast<const M*>(panel[v / per_panel] + v % per_panel * L);
-      ((acc[I] += x[I / NV][k] * b[I % NV]), ...);
-      for (int i = 0; i < P; ++i) panel[i] += W;
-    }
-  }
-  ((*reinterpret_cast<M*>(out + I / NV * (P * W) + I % NV * L) = acc[I]), ...);
-}
-
-template <class T, int Bytes, int W, int P, int MR>
-static void tile(const T* const* pixel, const int64_t* run_at, const int64_t* run_length, int runs, const T* weight,
-                 int64_t panel_stride, T* out) {
-  constexpr int NV = W / Simd<T, Bytes>::lanes * P;
-  tile_body<T, Bytes, W, P, MR>(pixel, run_at, run_length, runs, weight, panel_stride, out,
-                                std::make_integer_sequence<int, MR * NV>());
-}
-
-// Depthwise: pixels by one block of 16 channels; `weight` strides by panel_stride from tap to tap.
-template <class T, int Bytes, int MR, int... I>
-static inline __attribute__((always_inline)) void depthwise_body(const T* const* pixel, const int64_t* tap_at, int taps,
-                                                                 const T* weight, int64_t tap_stride, T* out,
-                                                                 std::integer_sequence<int, I...>) {
-  using V = typename Simd<T, Bytes>::reg;
-  using M = typename Simd<T, Bytes>::mem;
-  constexpr int L = Simd<T, Bytes>::lanes, NV = int(kPanel) / L;
-  V acc[MR * NV] = {};
-  for (int t = 0; t < taps; ++t, weight += tap_stride) {
-    V w[NV];
-    for (int v = 0; v < NV; ++v) w[v] = *reinterpret_cast<const M*>(weight + v * L);
-    ((acc[I] += *reinterpret_cast<const M*>(pixel[I / NV] + tap_at[t] + I % NV * L) * w[I % NV]), ...);
-  }
-  ((*reinterpret_cast<M*>(out + I / NV * kPanel + I % NV * L) = acc[I]), ...);
-}
-
-template <class T, int Bytes, int W, int MR>
-static void depthwise_tile(const T* const* pixel, const int64_t* tap_at, const int64_t*, int taps, const T* weight,
-                           int64_t tap_stride, T* out) {
-  constexpr int NV = int(kPanel) / Simd<T, Bytes>::lanes;
-  depthwise_body<T, Bytes, MR>(pixel, tap_at, taps, weight, tap_stride, out, std::make_integer_sequence<int, MR * NV>());
-}
-
-// Pixels per tile by vectors per row: as many accumulators as the register file holds beside the operands.
-constexpr int max_rows(int vectors) {
-  return LP_REGISTERS == 32 ? (vectors == 1   ? 14
-                               : vectors == 2 ? 14
-                               : vectors == 3 ? 8
-                                              : 6)
-                            : (vectors == 1   ? 12
-                               : vectors == 2 ? 6
-                               : vectors <= 4 ? 3
-                                              : 1);
-}
-
-template <class T, int W>
-constexpr int vector_bytes() {
-  return LP_VECTOR_BYTES < W * int(sizeof(T)) ? LP_VECTOR_BYTES : W * int(sizeof(T));
-}
-
-template <class T>
-struct TileSet {
-  int max;
-  TileFn<T> fn[15];  // by pixel count; counts without a tile of their own use the next larger one
-};
-
-template <class T, int W, int P, int MR>
-static void fill_tiles(TileSet<T>& set) {
-  constexpr int bytes = vector_bytes<T, W>(), limit = max_rows(W / Simd<T, bytes>::lanes * P);
-  if constexpr (MR <= limit) {
-    if constexpr (MR == limit || MR % 2 == 0 || MR == 1) set.fn[MR] = tile<T, bytes, W, P, MR>;
-    set.max = MR;
-    fill_tiles<T, W, P, MR + 1>(set);
-    if (!set.fn[MR]) set.fn[MR] = set.fn[MR + 1];
-  }
-}
-
-template <class T, int W, int P>
-static const TileSet<T>& tiles() {
-  static const TileSet<T> set = [] {
-    TileSet<T> s{};
-    fill_tiles<T, W, P, 1>(s);
-    return s;
-  }();
-  return set;
-}
-
-template <class T>
-static const TileSet<T>& depthwise_tiles() {
-  constexpr int bytes = LP_VECTOR_BYTES;
-  static const TileSet<T> set = [] {
-    TileSet<T> s{};
-    s.max = 4;
-    s.fn[1] = depthwise_tile<T, bytes, int(kPanel), 1>;
-    s.fn[2] = depthwise_tile<T, bytes, int(kPanel), 2>;
-    s.fn[3] = s.fn[4] = depthwise_tile<T, bytes, int(kPanel), 4>;
-    return s;
-  }();
-  return set;
-}
+// Direct convolution: register tiles over a staged channels-last band. Included once per instruction set (see simd.h).
 
 template <class S, class T>
 static void run_panels(const TapConv& p, const TileSet<T>& set, const T* weight, int64_t panel_stride, const int64_t* run_at,
@@ -140,6 +20,8 @@ template <class S>
 static void conv(const TapConv& p, const Env& env) {
   using T = typename AccOf<S>::type;
   if (p.n == 0 || p.rows == 0 || p.cols == 0) return;
+  if constexpr (std::is_same_v<S, float>)
+    if (is_pointwise(p)) return pointwise(p, env);
   const Bands b = make_bands(p, sizeof(T), env.threads);
   const int64_t staged_bytes = round_up((staged_elements(b) + 64) * int64_t(sizeof(T)), 64);
   const int64_t slot_bytes = staged_bytes + round_up(b.pixels * 24, 64) + round_up(int64_t(p.taps + 1) * 16, 64);

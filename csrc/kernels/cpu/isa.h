@@ -24,6 +24,9 @@ namespace LP_ISA {
 // clang-format off: each header builds on the one before
 #include "stage.h"
 #include "epilogue.h"
+#include "tiles.h"
+#include "pointwise.h"
+#include "depthwise.h"
 #include "conv.h"
 #include "winograd.h"
 #include "weight_grad.h"
@@ -36,6 +39,8 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
       LP_STRING(LP_ISA),
       {LP_ISA::conv<float>, LP_ISA::conv<double>, LP_ISA::conv<LP_ISA::bf16>, LP_ISA::conv<LP_ISA::f16>},
       LP_ISA::winograd,
+      LP_ISA::depthwise,
+      LP_ISA::residual_rows,
       {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
       {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>}};
   return table;

@@ -12,9 +12,71 @@ static inline bool is_run(const int64_t* index, int64_t count) {
   return count > 0;
 }
 
+// Ascending channels are picked 8 or 16 at a time: one load, one compression, one store that the next one overlaps.
+struct GatherPlan {
+#if defined(__AVX512F__)
+  static constexpr int lanes = 16;
+#else
+  static constexpr int lanes = 8;
+#endif
+  static constexpr int limit = 128;
+  int count;  // 0: no plan, pick one by one
+  int start[limit], taken[limit];
+#if defined(__AVX512F__)
+  uint16_t mask[limit];
+#else
+  alignas(32) int32_t order[limit][8];
+#endif
+};
+
+static void plan_gather(GatherPlan& plan, const int64_t* channel, int64_t channels) {
+  plan.count = 0;
+#if defined(__AVX2__)
+  constexpr int L = GatherPlan::lanes;
+  if (channels == 0 || channel[channels - 1] < L - 1) return;
+  for (int64_t i = 1; i < channels; ++i)
+    if (channel[i] <= channel[i - 1]) return;
+  const int64_t last = channel[channels - 1] - (L - 1);  // no vector reads past the last channel
+  int count = 0;
+  for (int64_t i = 0; i < channels; ++count) {
+    if (count == GatherPlan::limit) return;
+    const int64_t start = std::min(channel[i], last);
+    int taken = 0;
+#if defined(__AVX512F__)
+    plan.mask[count] = 0;
+    for (; i < channels && channel[i] < start + L; ++i, ++taken) plan.mask[count] |= uint16_t(1u << (channel[i] - start));
+#else
+    for (int l = 0; l < 8; ++l) plan.order[count][l] = 0;
+    for (; i < channels && channel[i] < start + L; ++i, ++taken) plan.order[count][taken] = int32_t(channel[i] - start);
+#endif
+    plan.start[count] = int(start);
+    plan.taken[count] = taken;
+  }
+  // Few channels per vector: one by one is as fast.
+  if (int64_t(count) * 2 <= channels) plan.count = count;
+#else
+  (void)channel, (void)channels;
+#endif
+}
+
+static inline void gather_pixel([[maybe_unused]] const GatherPlan& plan, [[maybe_unused]] float* dst,
+                                [[maybe_unused]] const float* src) {
+#if defined(__AVX2__)
+  for (int i = 0; i < plan.count; ++i) {
+#if defined(__AVX512F__)
+    _mm512_storeu_ps(dst, _mm512_maskz_compress_ps(plan.mask[i], _mm512_loadu_ps(src + plan.start[i])));
+#else
+    const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(plan.order[i]));
+    _mm256_storeu_ps(dst, _mm256_permutevar8x32_ps(_mm256_loadu_ps(src + plan.start[i]), order));
+#endif
+    dst += plan.taken[i];
+  }
+#endif
+}
+
 template <class S, class T>
 static void stage_row_gather(T* dst, const S* src, int64_t pixel_stride, int64_t pixels, const int64_t* channel,
-                             int64_t channels, bool consecutive, int64_t ld) {
+                             int64_t channels, bool consecutive, const GatherPlan& plan, int64_t ld) {
   if (consecutive) {
     src += channel[0];
     if constexpr (std::is_same_v<S, T>) {
@@ -28,6 +90,16 @@ static void stage_row_gather(T* dst, const S* src, int64_t pixel_stride, int64_t
       for (int64_t i = channels; i < ld; ++i) dst[i] = T(0);
     }
     return;
+  }
+  if constexpr (std::is_same_v<S, float> && std::is_same_v<T, float>) {
+    if (plan.count > 0) {
+      // The last store may reach into what follows, which is written later.
+      for (int64_t p = 0; p < pixels; ++p, dst += ld, src += pixel_stride) {
+        gather_pixel(plan, dst, src);
+        for (int64_t i = channels; i < ld; ++i) dst[i] = T(0);
+      }
+      return;
+    }
   }
   for (int64_t p = 0; p < pixels; ++p, dst += ld, src += pixel_stride) {
     for (int64_t i = 0; i < channels; ++i) dst[i] = to_acc(src[channel[i]]);
@@ -62,6 +134,9 @@ template <class S, class T>
 static void stage_band(T* dst, const S* image, const View& x, int64_t height, int64_t width, Axis row, Axis col,
                        const int64_t* channel, int64_t channels, int64_t ld) {
   const bool consecutive = is_run(channel, channels);
+  GatherPlan plan;
+  plan.count = 0;
+  if (std::is_same_v<S, float> && x.c == 1 && !consecutive) plan_gather(plan, channel, channels);
   int64_t lo = 0, hi = col.count;
   while (lo < hi && (col.first + lo * col.step < 0 || col.first + lo * col.step >= width)) ++lo;
   while (hi > lo && (col.first + (hi - 1) * col.step < 0 || col.first + (hi - 1) * col.step >= width)) --hi;
@@ -72,12 +147,12 @@ static void stage_band(T* dst, const S* image, const View& x, int64_t height, in
       continue;
     }
     if (lo > 0) memset(dst, 0, size_t(lo * ld) * sizeof(T));
-    if (hi < col.count) memset(dst + hi * ld, 0, size_t((col.count - hi) * ld) * sizeof(T));
     const S* src = image + ih * x.h + (col.first + lo * col.step) * x.w;
     if (x.c == 1)
-      stage_row_gather(dst + lo * ld, src, x.w * col.step, hi - lo, channel, channels, consecutive, ld);
+      stage_row_gather(dst + lo * ld, src, x.w * col.step, hi - lo, channel, channels, consecutive, plan, ld);
     else
       stage_row_planes(dst + lo * ld, src, x.c, x.w * col.step, hi - lo, channel, channels, ld);
+    if (hi < col.count) memset(dst + hi * ld, 0, size_t((col.count - hi) * ld) * sizeof(T));
   }
 }
 

@@ -52,6 +52,8 @@ struct CpuKernels {
   const char* name;
   void (*conv[4])(const TapConv&, const Env&);             // by DType
   void (*winograd)(const TapConv&, int tile, const Env&);  // float32, one group, 3x3, stride 1; weight transformed
+  bool (*depthwise)(const TapConv&, const Env&);  // float32, one group, weight (tap, channel); false: not a case for it
+  bool (*residual_rows)(const TapConv&, int64_t channels, const Env&);  // float32: out = act(residual), if it can
   void (*weight_grad[2])(const TapWeightGrad&, const Env&);
   void (*act_grad[2])(const ActGrad&, const Env&);
 };

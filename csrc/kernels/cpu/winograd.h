@@ -202,7 +202,9 @@ static TileBlocks tile_blocks(const TapConv& p, int M, int64_t channels, int64_t
   b.tiles = p.n * b.tiles_h * b.tiles_w;
   b.width = LP_REGISTERS == 32 ? 2 * kPanel : kPanel;
   const int64_t bytes = points * 4 * (round_up(channels, kChannelBlock) + b.width);
-  const int64_t groups = std::max<int64_t>(2, (512 * 1024) / (bytes * kTileGroup));
+  // Inputs and products of a block stay in L2; deep layers rather share each weight among more tiles.
+  const int64_t budget = LP_REGISTERS == 32 ? 384 * 1024 : 256 * 1024, least = channels > 320 ? 3 : LP_REGISTERS == 32 ? 2 : 1;
+  const int64_t groups = std::max(least, budget / (bytes * kTileGroup));
   b.block = std::min<int64_t>(std::min<int64_t>(groups, 6) * kTileGroup, std::max<int64_t>(1, b.tiles));
   if (threads > 1)
     b.block = std::max<int64_t>(std::min<int64_t>(kTileGroup, b.block), std::min(b.block, b.tiles / (2 * threads)));
@@ -215,6 +217,17 @@ static TileBlocks tile_blocks(const TapConv& p, int M, int64_t channels, int64_t
   b.panels_per_task = round_up((b.panels + wanted - 1) / wanted, unit);
   b.splits = (b.panels + b.panels_per_task - 1) / b.panels_per_task;
   return b;
+}
+
+// Even groups instead of full ones and a stump.
+struct TileGroups {
+  int64_t rows, groups;
+};
+static TileGroups tile_groups(int64_t tiles) {
+  TileGroups g;
+  g.groups = (tiles + kTileGroup - 1) / kTileGroup;
+  g.rows = (tiles + g.groups - 1) / g.groups;
+  return g;
 }
 
 struct WinogradScratch {
@@ -243,12 +256,13 @@ static void transform_block(const TapConv& p, const TileBlocks& t, const Channel
   const int64_t channels = p.in_begin[1];
   const int64_t ld = std::max<int64_t>(kChannelBlock, channels);
   const bool direct = p.x.c == 1 && channels >= kChannelBlock && is_run(p.in_channel, channels);
+  const int64_t group_rows = tile_groups(count).rows;
   int64_t pixels = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t tile = first + i, n = tile / (t.tiles_h * t.tiles_w);
     const int64_t row0 = tile / t.tiles_w % t.tiles_h * M, col0 = tile % t.tiles_w * M;
     const int64_t h0 = row0 + p.tap_h[0], w0 = col0 + p.tap_w[0];
-    float* dst = s.inputs + i / kTileGroup * cb.group + i % kTileGroup * kChannelBlock;
+    float* dst = s.inputs + i / group_rows * cb.group + i % group_rows * kChannelBlock;
     if (direct && h0 >= 0 && w0 >= 0 && h0 + N <= p.height && w0 + N <= p.width) {
       const float* src = static_cast<const float*>(p.x.data) + n * p.x.n + h0 * p.x.h + w0 * p.x.w + p.in_channel[0];
       winograd_input<M>(src, p.x.h, p.x.w, channels, cb, dst);
@@ -274,12 +288,13 @@ static void run_products(const TapConv& p, const TileBlocks& t, const ChannelBlo
                          int64_t panel, const WinogradScratch& s) {
   constexpr int points = (M + 2) * (M + 2), width = W * P;
   const ProductSet& set = products<W, P>();
+  const int64_t group_rows = tile_groups(count).rows;
   const int64_t channels = p.in_begin[1], depth = points * channels, first_output = panel * kPanel;
   const float* weight = static_cast<const float*>(p.weight) + first_output * depth;
   for (int point = 0; point < points; ++point, weight += channels * W)
-    for (int64_t begin = 0; begin < count; begin += kTileGroup) {
-      const int64_t used = std::min<int64_t>(kTileGroup, count - begin), calls = (used + set.max - 1) / set.max;
-      const float* a = s.inputs + begin / kTileGroup * cb.group + point * cb.point;
+    for (int64_t begin = 0; begin < count; begin += group_rows) {
+      const int64_t used = std::min<int64_t>(group_rows, count - begin), calls = (used + set.max - 1) / set.max;
+      const float* a = s.inputs + begin / group_rows * cb.group + point * cb.point;
       for (int64_t c = 0; c < calls; ++c) {
         const int64_t row = used * c / calls, size = used * (c + 1) / calls - row;
         set.fn[size](a + row * kChannelBlock, cb, weight, kPanel * depth, s.products + ((begin + row) * points + point) * width,

@@ -1,0 +1,141 @@
+// Depthwise 3x3, stride 1 and 2, on channels-last tensors: four output columns at a time, the weights of one vector of
+// channels in registers, nothing staged. Included once per instruction set (see simd.h).
+
+struct DepthwiseRow {
+  const float* in[3];  // at the first input column; a row of the padding is a vector of zeros ...
+  int64_t step[3];     // ... that is read again and again
+  int64_t pad, width;
+  const float *weight, *shift, *residual;
+  int64_t tap_stride, residual_step;
+  float* out;
+  int64_t out_step;
+  const float* ahead_in;
+  const float* ahead_out;
+  int64_t ahead_in_step;
+  Clamp bounds;
+};
+
+template <class V, int Stride, int Cols>
+static inline __attribute__((always_inline)) void depthwise_columns(const DepthwiseRow& r, const V* w, V shift, int64_t channel,
+                                                                    int64_t col) {
+  V acc[Cols];
+#pragma GCC unroll 4
+  for (int c = 0; c < Cols; ++c) acc[c] = shift;
+  // What the next output row reads and writes: rows lie too far apart for the hardware to guess.
+#pragma GCC unroll 8
+  for (int c = 0; c < Cols * Stride; ++c) __builtin_prefetch(r.ahead_in + channel + (col * Stride + c) * r.ahead_in_step);
+#pragma GCC unroll 4
+  for (int c = 0; c < Cols; ++c) __builtin_prefetch(r.ahead_out + channel + (col + c) * r.out_step, 1);
+#pragma GCC unroll 3
+  for (int kh = 0; kh < 3; ++kh) {
+    const float* in = r.in[kh] + channel + (col * Stride - r.pad) * r.step[kh];
+#pragma GCC unroll 9
+    for (int i = 0; i < (Cols - 1) * Stride + 3; ++i) {
+      const V v = load<V>(in);
+      in += r.step[kh];
+#pragma GCC unroll 4
+      for (int c = 0; c < Cols; ++c)
+        if (i - c * Stride >= 0 && i - c * Stride < 3) acc[c] += v * w[kh * 3 + i - c * Stride];
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < Cols; ++c) {
+    if (r.residual) acc[c] += load<V>(r.residual + channel + (col + c) * r.residual_step);
+    store<V>(r.out + channel + (col + c) * r.out_step, clamp(acc[c], r.bounds.low, r.bounds.high));
+  }
+}
+
+// A column whose window reaches into the padding.
+template <class V, int Stride>
+static void depthwise_edge(const DepthwiseRow& r, V acc, int64_t channel, int64_t col) {
+  for (int kh = 0; kh < 3; ++kh)
+    for (int64_t k = 0; k < 3; ++k) {
+      const int64_t w = col * Stride - r.pad + k;
+      if (w < 0 || w >= r.width) continue;
+      acc += load<V>(r.in[kh] + channel + w * r.step[kh]) * load<V>(r.weight + (kh * 3 + k) * r.tap_stride + channel);
+    }
+  if (r.residual) acc += load<V>(r.residual + channel + col * r.residual_step);
+  store<V>(r.out + channel + col * r.out_step, clamp(acc, r.bounds.low, r.bounds.high));
+}
+
+// Columns [from, to) of one output row.
+template <class V, int Stride>
+static void depthwise_strip(const DepthwiseRow& r, int64_t channels, int64_t from, int64_t to) {
+  constexpr int64_t L = sizeof(V) / 4;
+  const int64_t room = r.width - 3 + r.pad;
+  const int64_t lo = std::min(to, std::max(from, (r.pad + Stride - 1) / Stride));
+  const int64_t hi = std::max(lo, std::min(to, room < 0 ? 0 : room / Stride + 1));
+  for (int64_t block = 0; block < channels; block += L) {
+    const int64_t channel = std::min(block, channels - L);  // the last vector overlaps the one before
+    V w[9];
+#pragma GCC unroll 9
+    for (int k = 0; k < 9; ++k) w[k] = load<V>(r.weight + k * r.tap_stride + channel);
+    const V shift = r.shift ? load<V>(r.shift + channel) : V{};
+    for (int64_t c = from; c < lo; ++c) depthwise_edge<V, Stride>(r, shift, channel, c);
+    int64_t c = lo;
+    if (hi - lo >= 4)
+      for (; c < hi; c += 4) depthwise_columns<V, Stride, 4>(r, w, shift, channel, std::min(c, hi - 4));
+    for (; c < hi; ++c) depthwise_columns<V, Stride, 1>(r, w, shift, channel, c);
+    for (c = hi; c < to; ++c) depthwise_edge<V, Stride>(r, shift, channel, c);
+  }
+}
+
+// What depthwise() takes; p.weight is (tap, channel) without padding.
+static bool is_depthwise_rows(const TapConv& p) {
+  const int64_t channels = p.out_begin[1];
+  if (p.groups != 1 || p.taps != 9 || p.step_h != p.step_w || p.step_h > 2 || p.scale || channels < 8) return false;
+  if (p.tap_h[8] - p.tap_h[0] != 2 || p.tap_w[8] - p.tap_w[0] != 2 || p.tap_w[1] - p.tap_w[0] != 1) return false;
+  if (p.x.c != 1 || p.out.c != 1 || (p.residual.data && p.residual.c != 1)) return false;
+  return is_run(p.in_channel, channels) && is_run(p.out_channel, channels);
+}
+
+static bool depthwise(const TapConv& p, const Env& env) {
+  if (!is_depthwise_rows(p)) return false;
+  const int64_t channels = p.out_begin[1];
+  float* zeros = static_cast<float*>(env.alloc(env.owner, size_t(channels) * 4));
+  memset(zeros, 0, size_t(channels) * 4);
+  const int64_t wanted = env.threads > 1 ? 4 * env.threads : 1;
+  const int64_t bands = std::min(p.rows, std::max<int64_t>(1, (wanted + p.n - 1) / std::max<int64_t>(1, p.n)));
+  const Clamp bounds = clamp_of(p.act);
+  run_tasks(env, p.n * bands, [&](int, int64_t index) {
+    const int64_t n = index / bands, band = index % bands;
+    DepthwiseRow r{};
+    r.pad = -p.tap_w[0];
+    r.width = p.width;
+    r.weight = static_cast<const float*>(p.weight);
+    r.tap_stride = channels;
+    r.shift = static_cast<const float*>(p.shift);
+    r.residual_step = p.residual.w;
+    r.out_step = p.out.w;
+    r.bounds = bounds;
+    // Strips of columns, so that two of the three input rows of the next output row are still in L1.
+    const int64_t strip = std::max<int64_t>(8, 24 * 1024 / (16 * channels * p.step_h) / 4 * 4);
+    const int64_t end = p.rows * (band + 1) / bands;
+    for (int64_t from = 0; from < p.cols; from += strip)
+      for (int64_t row = p.rows * band / bands; row < end; ++row) {
+        const int64_t to = std::min(p.cols, from + strip);
+        for (int kh = 0; kh < 3; ++kh) {
+          const int64_t h = row * p.step_h + p.tap_h[0] + kh;
+          const bool inside = h >= 0 && h < p.height;
+          r.in[kh] = inside ? static_cast<const float*>(p.x.data) + n * p.x.n + h * p.x.h + p.in_channel[0] : zeros;
+          r.step[kh] = inside ? p.x.w : 0;
+        }
+        r.out = static_cast<float*>(p.out.data) + n * p.out.n + row * p.out.h + p.out_channel[0];
+        const bool more = row + 1 < p.rows && (row + 1) * p.step_h + p.tap_h[0] + 2 < p.height;
+        r.ahead_in = more ? r.in[2] + p.step_h * p.x.h : zeros;
+        r.ahead_in_step = more ? p.x.w : 0;
+        r.ahead_out = row + 1 < p.rows ? r.out + p.out.h : r.out;
+        if (p.residual.data)
+          r.residual = static_cast<const float*>(p.residual.data) + n * p.residual.n + row * p.residual.h + p.out_channel[0];
+        using Wide = Simd<float, LP_VECTOR_BYTES>::reg;
+        using Narrow = Simd<float, LP_VECTOR_BYTES == 64 ? 32 : LP_VECTOR_BYTES>::reg;
+        const bool wide = channels * 4 >= LP_VECTOR_BYTES;
+        if (p.step_h == 1)
+          wide ? depthwise_strip<Wide, 1>(r, channels, from, to) : depthwise_strip<Narrow, 1>(r, channels, from, to);
+        else
+          wide ? depthwise_strip<Wide, 2>(r, channels, from, to) : depthwise_strip<Narrow, 2>(r, channels, from, to);
+        if (!bounds.complete) activate_rows(p.act, r.out + from * r.out_step, r.out_step, to - from, channels);
+      }
+  });
+  return true;
+}

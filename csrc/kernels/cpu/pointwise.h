@@ -1,0 +1,206 @@
+// 1x1 convolution of dense channels-last tensors: a matrix product with the epilogue in registers, nothing staged.
+// Included once per instruction set (see simd.h).
+
+// relu and relu6 as bounds; the other activations run over the stored values.
+struct Clamp {
+  float low, high;
+  bool complete;  // nothing left to do after clamping
+};
+static Clamp clamp_of(Act act) {
+  const float inf = __builtin_inff();
+  const bool none = act == Act::none, relu = act == Act::relu, relu6 = act == Act::relu6;
+  return Clamp{relu || relu6 ? 0.0f : -inf, relu6 ? 6.0f : inf, none || relu || relu6};
+}
+
+template <class V>
+static inline V clamp(V v, float low, float high) {
+  const V lo = V{} + low, hi = V{} + high;
+  v = v < lo ? lo : v;  // NaN passes through
+  return v > hi ? hi : v;
+}
+
+// The activation over `pixels` rows of `count` consecutive channels.
+static void activate_rows(Act act, float* y, int64_t ld, int64_t pixels, int64_t count) {
+  with_act(act, [&](auto a) {
+    for (int64_t j = 0; j < pixels; ++j)
+      for (int64_t o = 0; o < count; ++o) y[j * ld + o] = activate<decltype(a)::value>(y[j * ld + o]);
+  });
+}
+
+struct PointwiseTile {
+  const float* x;
+  int64_t ldx, depth;
+  const float* weight;
+  int64_t panel_stride;
+  const float* shift;
+  const float* residual;
+  int64_t ldr;
+  float* y;
+  int64_t ldy, count;
+  Clamp bounds;
+};
+
+template <int Bytes, int W, int P, int MR, int... I>
+static inline __attribute__((always_inline)) void pointwise_body(const PointwiseTile& t, std::integer_sequence<int, I...>) {
+  using V = typename Simd<float, Bytes>::reg;
+  constexpr int L = Simd<float, Bytes>::lanes, per_panel = W / L, NV = per_panel * P;
+  V acc[MR * NV] = {};
+  const float* panel[P];
+  for (int i = 0; i < P; ++i) panel[i] = t.weight + i * t.panel_stride;
+  // One pointer for three rows: more would not fit the integer registers.
+  constexpr int bases = (MR + 2) / 3;
+  const float* base[bases];
+  const int64_t ld = t.ldx;
+  for (int i = 0; i < bases; ++i) base[i] = t.x + i * 3 * ld;
+  for (int64_t k = 0; k < t.depth; ++k) {
+    V b[NV];
+    for (int v = 0; v < NV; ++v) b[v] = load<V>(panel[v / per_panel] + v % per_panel * L);
+    ((acc[I] += base[I / NV / 3][I / NV % 3 * ld] * b[I % NV]), ...);
+    for (int i = 0; i < P; ++i) panel[i] += W;
+    for (int i = 0; i < bases; ++i) ++base[i];
+  }
+  V shift[NV] = {};
+  if (t.shift)
+    for (int v = 0; v < NV; ++v)
+      if (t.count > v * L) shift[v] = load_part<V>(t.shift + v * L, t.count - v * L);
+  const auto finish = [&](int j, int v, V value, auto whole) __attribute__((always_inline)) {
+    const int64_t lanes = decltype(whole)::value ? L : t.count - v * L;
+    if (lanes <= 0) return;
+    value += shift[v];
+    if (t.residual) value += load_part<V>(t.residual + j * t.ldr + v * L, lanes);
+    store_part<V>(t.y + j * t.ldy + v * L, clamp(value, t.bounds.low, t.bounds.high), lanes);
+  };
+  if (t.count == W * P)
+    (finish(I / NV, I % NV, acc[I], std::true_type()), ...);
+  else
+    (finish(I / NV, I % NV, acc[I], std::false_type()), ...);
+}
+
+using PointwiseFn = void (*)(const PointwiseTile&);
+
+template <int Bytes, int W, int P, int MR>
+static void pointwise_tile(const PointwiseTile& t) {
+  constexpr int NV = W / Simd<float, Bytes>::lanes * P;
+  pointwise_body<Bytes, W, P, MR>(t, std::make_integer_sequence<int, MR * NV>());
+}
+
+struct PointwiseSet {
+  int max;
+  PointwiseFn fn[15];
+};
+
+template <int W, int P, int MR>
+static void fill_pointwise(PointwiseSet& set) {
+  constexpr int bytes = vector_bytes<float, W>(), limit = max_rows(W / Simd<float, bytes>::lanes * P);
+  if constexpr (MR <= limit) {
+    if constexpr (MR == limit || MR % 2 == 0 || MR == 1) set.fn[MR] = pointwise_tile<bytes, W, P, MR>;
+    set.max = MR;
+    fill_pointwise<W, P, MR + 1>(set);
+    if (!set.fn[MR]) set.fn[MR] = set.fn[MR - 1];  // fewer rows: the last tile overlaps the one before
+  }
+}
+
+template <int W, int P>
+static const PointwiseSet& pointwise_set() {
+  static const PointwiseSet set = [] {
+    PointwiseSet s{};
+    fill_pointwise<W, P, 1>(s);
+    return s;
+  }();
+  return set;
+}
+
+// Rows [begin, end) of the product with P panels of weights.
+template <int W, int P>
+static void pointwise_rows(PointwiseTile t, int64_t rows) {
+  const PointwiseSet& set = pointwise_set<W, P>();
+  const int64_t tiles = (rows + set.max - 1) / set.max;
+  int64_t size = (rows + tiles - 1) / tiles;
+  if (size % 2 == 1 && size > 1 && size < set.max) size += size + 1 <= rows ? 1 : -1;
+  const PointwiseTile start = t;
+  for (int64_t done = 0; done < rows; done += size) {
+    const int64_t row = std::min(done, rows - size);  // repeating a row gives the same values again
+    t.x = start.x + row * t.ldx;
+    t.y = start.y + row * t.ldy;
+    if (t.residual) t.residual = start.residual + row * t.ldr;
+    set.fn[size](t);
+  }
+}
+
+// One step from pixel to pixel, over rows and images too.
+static bool is_matrix(const View& v, int64_t n, int64_t rows, int64_t cols) {
+  return v.c == 1 && (rows == 1 || v.h == cols * v.w) && (n == 1 || v.n == rows * cols * v.w);
+}
+
+static bool is_pointwise(const TapConv& p) {
+  if (p.depthwise || p.groups != 1 || p.taps != 1 || p.step_h != 1 || p.step_w != 1 || p.scale) return false;
+  if (p.tap_h[0] != 0 || p.tap_w[0] != 0 || p.rows != p.height || p.cols != p.width) return false;
+  if (!is_matrix(p.x, p.n, p.rows, p.cols) || !is_matrix(p.out, p.n, p.rows, p.cols)) return false;
+  if (p.residual.data && !is_matrix(p.residual, p.n, p.rows, p.cols)) return false;
+  return is_run(p.in_channel, p.in_begin[1]) && is_run(p.out_channel, p.out_begin[1]);
+}
+
+static void pointwise(const TapConv& p, const Env& env) {
+  const int64_t pixels = p.n * p.rows * p.cols, inputs = p.in_begin[1], outputs = p.out_begin[1];
+  const Clamp bounds = clamp_of(p.act);
+  // Few weights: they stay in L2, and rows are finished one tile after the other. Many: a block of rows stays there while
+  // all panels pass over it.
+  const int64_t tile = LP_REGISTERS == 32 ? 28 : 24;
+  int64_t block = std::max<int64_t>(2 * tile, 128 * 1024 / 4 / (inputs + outputs) / tile * tile);
+  if (inputs * outputs <= 48 * 1024) block = tile;
+  if (env.threads > 1) block = std::max<int64_t>(tile, std::min(block, (pixels + 3 * env.threads - 1) / (3 * env.threads)));
+  const int64_t blocks = (pixels + block - 1) / block;
+  run_tasks(env, blocks, [&](int, int64_t index) {
+    const int64_t first = pixels * index / blocks, rows = pixels * (index + 1) / blocks - first;
+    const int64_t rest = outputs % kPanel, full = outputs / kPanel + (rest > 8);
+    PointwiseTile t{};
+    t.ldx = p.x.w;
+    t.ldy = p.out.w;
+    t.ldr = p.residual.w;
+    t.depth = inputs;
+    t.panel_stride = kPanel * inputs;
+    t.bounds = bounds;
+    t.x = static_cast<const float*>(p.x.data) + p.in_channel[0] + first * t.ldx;
+    float* y = static_cast<float*>(p.out.data) + p.out_channel[0] + first * t.ldy;
+    for (int64_t panel = 0; panel * kPanel < outputs;) {
+      const int64_t o = panel * kPanel;
+      t.weight = static_cast<const float*>(p.weight) + o * inputs;
+      t.shift = p.shift ? static_cast<const float*>(p.shift) + o : nullptr;
+      t.y = y + o;
+      if (p.residual.data) t.residual = static_cast<const float*>(p.residual.data) + p.out_channel[0] + o + first * t.ldr;
+      t.count = outputs - o;
+      if (LP_REGISTERS == 32 && panel + 2 <= full) {
+        t.count = std::min(t.count, 2 * kPanel);
+        pointwise_rows<16, LP_REGISTERS == 32 ? 2 : 1>(t, rows);
+        panel += 2;
+      } else if (panel < full) {
+        t.count = std::min(t.count, kPanel);
+        pointwise_rows<16, 1>(t, rows);
+        ++panel;
+      } else {
+        pointwise_rows<8, 1>(t, rows);
+        ++panel;
+      }
+    }
+    if (!bounds.complete) activate_rows(p.act, y, t.ldy, rows, outputs);
+  });
+}
+
+// out = act(residual) over all `channels`, before some of them are computed; false: not a case for it.
+static bool residual_rows(const TapConv& p, int64_t channels, const Env& env) {
+  if (!is_matrix(p.out, p.n, p.rows, p.cols) || !is_matrix(p.residual, p.n, p.rows, p.cols)) return false;
+  if (p.out.w != channels || p.residual.w != channels) return false;
+  const int64_t pixels = p.n * p.rows * p.cols, tasks = std::min<int64_t>(pixels, 4 * env.threads);
+  const Clamp bounds = clamp_of(p.act);
+  run_tasks(env, tasks, [&](int, int64_t index) {
+    using V = Simd<float, LP_VECTOR_BYTES>::reg;
+    constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
+    const int64_t begin = pixels * index / tasks * channels, count = pixels * (index + 1) / tasks * channels - begin;
+    const float* from = static_cast<const float*>(p.residual.data) + begin;
+    float* to = static_cast<float*>(p.out.data) + begin;
+    for (int64_t i = 0; i < count; i += L)
+      store_part<V>(to + i, clamp(load_part<V>(from + i, count - i), bounds.low, bounds.high), count - i);
+    if (!bounds.complete) activate_rows(p.act, to, count, 1, count);
+  });
+  return true;
+}

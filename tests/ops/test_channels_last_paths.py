@@ -1,0 +1,140 @@
+"""The kernels that read channels-last tensors in place: 1x1 products, depthwise 3x3, runs of channels of a stream."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lightning_prune import ops
+from lightning_prune.ops import reference
+from tests.ops.conv_cases import error
+
+RELAXED = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+ACTIVATION = st.sampled_from(sorted(ops.ACTIVATIONS))
+LAST = torch.channels_last
+
+
+def check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    groups: int,
+    stride: int,
+    padding: tuple[int, int],
+    activation: str,
+    stream: str,
+    generator: torch.Generator,
+) -> None:
+    """Compares with the reference; ``stream``: none, same, or where the channels lie in wider tensors."""
+    bias = torch.randn(weight.shape[0], generator=generator)
+    in_index = out_index = residual = None
+    outputs, inputs = weight.shape[0], weight.shape[1] * groups
+    if stream in ("runs", "scattered"):
+        wide = torch.randn(x.shape[0], inputs + 9, *x.shape[2:], generator=generator)
+        in_index = (
+            torch.arange(inputs) + 4
+            if stream == "runs"
+            else torch.randperm(inputs + 9)[:inputs].sort().values
+        )
+        x = wide
+    if stream != "none":
+        size = [
+            (s + 2 * p - k) // stride + 1
+            for s, p, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True)
+        ]
+        extra = 0 if stream == "same" else 7
+        residual = torch.randn(x.shape[0], outputs + extra, *size, generator=generator).to(memory_format=LAST)
+        if extra:
+            out_index = torch.arange(outputs) + 3
+    if stream == "scattered":
+        out_index = torch.randperm(outputs + 7)[:outputs]
+    x = x.to(memory_format=LAST)
+    arguments = (in_index, out_index, list(weight.shape), stride, padding, 1, groups, activation)
+    packed = ops.pack_conv2d_weight(weight, groups)
+    before = None if residual is None else residual.clone()
+    y = ops.compact_conv2d(x, packed, bias, residual, *arguments)
+    double = [None if t is None else t.double() for t in (x, packed, bias, residual)]
+    pairs = [list(arguments[3:4]) * 2, list(padding), [1, 1]]
+    expected = reference.compact_conv2d(*double, *arguments[:3], *pairs, *arguments[6:])
+    assert y.shape == expected.shape
+    assert error(y, expected) < 2e-5
+    if residual is not None:
+        assert torch.equal(residual, before)
+
+
+STREAMS = st.sampled_from(["none", "same", "runs", "scattered"])
+
+
+@given(
+    batch=st.integers(0, 3),
+    inputs=st.sampled_from([1, 3, 16, 37, 70]),
+    outputs=st.sampled_from([1, 5, 8, 9, 16, 31, 33, 48, 67]),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    activation=ACTIVATION,
+    stream=STREAMS,
+    seed=st.integers(0, 99),
+)
+@RELAXED
+def test_pointwise(
+    target: torch.device,
+    batch: int,
+    inputs: int,
+    outputs: int,
+    size: tuple[int, int],
+    activation: str,
+    stream: str,
+    seed: int,
+) -> None:
+    if target.type == "cuda":
+        pytest.skip("a path of the CPU kernels")
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, inputs, *size, generator=generator)
+    weight = torch.randn(outputs, inputs, 1, 1, generator=generator)
+    check(x, weight, 1, 1, (0, 0), activation, stream, generator)
+
+
+@given(
+    batch=st.integers(0, 3),
+    channels=st.sampled_from([2, 8, 9, 16, 17, 37, 70]),
+    size=st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    stride=st.integers(1, 3),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    activation=ACTIVATION,
+    stream=STREAMS,
+    seed=st.integers(0, 99),
+)
+@RELAXED
+def test_depthwise(
+    target: torch.device,
+    batch: int,
+    channels: int,
+    size: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int],
+    activation: str,
+    stream: str,
+    seed: int,
+) -> None:
+    if target.type == "cuda":
+        pytest.skip("a path of the CPU kernels")
+    generator = torch.Generator().manual_seed(seed)
+    height, width = (max(s, 3 - 2 * p) for s, p in zip(size, padding, strict=True))
+    x = torch.randn(batch, channels, height, width, generator=generator)
+    weight = torch.randn(channels, 1, 3, 3, generator=generator)
+    check(x, weight, channels, stride, padding, activation, stream, generator)
+
+
+def test_nan_passes_every_activation(target: torch.device) -> None:
+    if target.type == "cuda":
+        pytest.skip("a path of the CPU kernels")
+    x = torch.full((1, 16, 4, 4), float("nan")).to(memory_format=LAST)
+    for weight, groups in ((torch.ones(16, 16, 1, 1), 1), (torch.ones(16, 1, 3, 3), 16)):
+        packed = ops.pack_conv2d_weight(weight, groups)
+        for activation in sorted(set(ops.ACTIVATIONS) - {"hardswish"}):
+            y = ops.compact_conv2d(
+                x, packed, None, None, None, None, list(weight.shape), 1, 0, 1, groups, activation
+            )
+            assert y.isnan().all(), activation
