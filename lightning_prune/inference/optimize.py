@@ -62,7 +62,10 @@ class OptimizedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns, up to rounding; 4-D outputs may be in channels_last."""
-        args, kwargs = tree_map(self._prepared, (args, kwargs))
+        args = tuple(
+            self._prepared(a) if isinstance(a, Tensor) else tree_map(self._prepared, a) for a in args
+        )
+        kwargs = tree_map(self._prepared, kwargs) if kwargs else kwargs
         captured = self._captured
         if captured is not None and self._replayable(args, kwargs):
             return captured(args, kwargs)
@@ -175,10 +178,14 @@ def optimize_for_inference(
     except Exception as failure:
         raise describe_failure(base, example_inputs, failure) from failure
     plain = OptimizedModule(clone_model(base).to(dtype), dtype=dtype, cuda_graph=cuda_graph)
-    candidates = _candidates(base, inputs, dtype, cuda_graph) if error <= TOLERANCE[torch.float32] else []
-    limit = _limit(base, plain, inputs, dtype)
-    equal = [c for c in candidates if _error(base, c, inputs) <= limit]
-    best = _fastest(equal, inputs) if equal else plain
+    limit, best = _limit(base, plain, inputs, dtype), plain
+    for kind in (SymbolicBlueprint, RecordedBlueprint) if error <= TOLERANCE[torch.float32] else ():
+        blueprint = _try(kind, base, inputs)
+        candidates = [] if blueprint is None else _candidates(blueprint, dtype, cuda_graph)
+        equal = [c for c in candidates if _error(base, c, inputs) <= limit]
+        if equal:
+            best = _fastest(equal, inputs)
+            break
     if best.cuda_graph:
         _capture(best, inputs)
         if best._captured is not None and not _error(base, best, inputs) <= limit:
@@ -201,10 +208,6 @@ def _error(base: nn.Module, other: nn.Module, inputs: ExampleInputs) -> float:
     return error if error == error else float("inf")
 
 
-def _blueprint(base: nn.Module, inputs: ExampleInputs) -> Blueprint | None:
-    return _try(SymbolicBlueprint, base, inputs) or _try(RecordedBlueprint, base, inputs)
-
-
 def _try(
     kind: Callable[[nn.Module, ExampleInputs], Blueprint], base: nn.Module, inputs: ExampleInputs
 ) -> Blueprint | None:
@@ -219,12 +222,9 @@ def _try(
 
 
 def _candidates(
-    base: nn.Module, inputs: ExampleInputs, dtype: torch.dtype | None, cuda_graph: CudaGraph
+    blueprint: Blueprint, dtype: torch.dtype | None, cuda_graph: CudaGraph
 ) -> list[OptimizedModule]:
     """Networks to choose from, torch's kernels first."""
-    blueprint = _blueprint(base, inputs)
-    if blueprint is None:
-        return []
     mode, found = backend(), []
     vendor = [("vendor",) * len(blueprint.sites)]
     for name in FORMATS:

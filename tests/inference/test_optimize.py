@@ -117,6 +117,17 @@ def test_a_forward_that_never_repeats_itself_is_left_alone() -> None:
     assert fast.layers == {}
 
 
+def test_what_symbolic_tracing_gets_wrong_is_found_by_watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.fx does not see a hook on the outermost module."""
+    monkeypatch.setenv("LIGHTNING_PRUNE_BACKEND", "vendor")
+    model = network("plain")
+    model.register_forward_hook(lambda module, args, output: 2 * output)
+    fast = optimize_for_inference(model, X)
+    assert type(fast.network) is type(model)
+    assert kinds(fast, nn.BatchNorm2d) == 0
+    torch.testing.assert_close(run(fast)[0], run(model)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_training_models_become_evaluation_models_and_stay_so() -> None:
     model = network("plain").train()
     fast = optimize_for_inference(model, X)
