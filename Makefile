@@ -3,6 +3,7 @@
 #   make setup    virtual environment, pinned dependencies, compiled extension
 #   make demo     the main job on real data; tables on the screen, numbers in runs/demo/metrics.json
 #   make test     lint, format check, types, the fast test suite
+#   make zoo      about 160 architectures through tracing and compaction (ARGS=--quick: a dozen)
 #   make lint     only the checks;  make format  rewrites;  make clean  removes what was built
 
 SHELL := /bin/bash
@@ -14,6 +15,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
+ZOO := .venv-zoo
 JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := requirements/dev.txt
@@ -22,7 +24,7 @@ CPP_SOURCES = $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name
 # A fresh virtual environment is not "activated"; ninja and the formatters must still be found.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all zoo lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -66,12 +68,23 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -n $(JOBS)
 
+# An environment of its own: torchvision, which timm imports, must not stand beside the CPU build of torch in .venv.
+$(ZOO)/stamp: requirements/zoo.txt $(STAMPS)/extension
+	$(PYTHON) -m venv $(ZOO)
+	echo "$(CURDIR)/$$(cd $(VENV) && echo lib/python3*/site-packages | sed 's|^|$(VENV)/|')" > $$(echo $(ZOO)/lib/python3*/site-packages)/project.pth
+	echo "$(CURDIR)" >> $$(echo $(ZOO)/lib/python3*/site-packages)/project.pth
+	$(ZOO)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/zoo.txt
+	touch $@
+
+zoo: $(ZOO)/stamp
+	$(ZOO)/bin/python benchmarks/zoo.py $(ARGS)
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(if $(CPP_SOURCES),$(BIN)/clang-format -i $(CPP_SOURCES))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ZOO) build dist *.egg-info runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lightning_prune -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
