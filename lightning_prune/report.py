@@ -98,9 +98,9 @@ def comparison_table(title: str, metrics: Mapping[str, Any]) -> Table:
 
     variants = [variant for variant in VARIANTS if variant in metrics]
     table = Table(title=title)
-    table.add_column("")
-    for variant in variants:
-        table.add_column(VARIANTS[variant], justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for variant in variants:  # on a narrow terminal cells wrap
+        table.add_column(VARIANTS[variant], justify="right")
     table.add_row("accuracy, %", *(accuracy(v) for v in variants))
     table.add_row("parameters", *(count(v, "params") for v in variants))
     table.add_row("MACs", *(count(v, "macs") for v in variants))

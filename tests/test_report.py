@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.report import (
+    VARIANTS,
     comparison_table,
     human,
     mean_and_spread,
@@ -89,6 +90,31 @@ def test_comparison_table_states_shares_and_speedups() -> None:
     assert rows["latency, batch 1"] == ["2.000 ms", "2.000 ms (1.00x)", "1.000 ms (2.00x)"]
     assert rows["latency, batch 64"] == ["30.000 ms", "30.000 ms (1.00x)", "10.000 ms (3.00x)"]
     assert list(rows).index("latency, batch 1") < list(rows).index("latency, batch 64")
+
+
+def test_five_networks_fit_into_eighty_columns() -> None:
+    row = {
+        "accuracy_per_seed": [0.9, 0.92],
+        "params": 143_000,
+        "macs": 4_940_000,
+        "latency_ms": {"1": 0.4, "64": 11.0},
+    }
+    metrics = dict.fromkeys(VARIANTS, row)
+    lines = to_text(comparison_table("T", metrics), width=80).splitlines()
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 80
+    assert "…" not in text
+    for word in (
+        "latency, batch 64",
+        "accuracy, %",
+        "compact +",
+        "kernels",
+        "11.000 ms",
+        "(1.00x)",
+        "91.00",
+        "143 k",
+    ):
+        assert word in text
 
 
 def test_widths_table() -> None:
