@@ -27,6 +27,10 @@ def _precise(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+#: under a name that no module's list of sized calls counts: these helpers are not part of the traced code
+_reshape = torch.ops.aten.reshape.default
+
+
 def layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -70,17 +74,17 @@ def group_norm(
     count: int,
 ) -> Tensor:
     """Group norm of ``[N, C, ...]`` as if there were ``count`` channels."""
-    y = _precise(x).reshape(x.shape[0], num_groups, x.shape[1] // num_groups, -1)
+    y = _reshape(_precise(x), [x.shape[0], num_groups, x.shape[1] // num_groups, -1])
     mean, variance = _statistics(y, [2, 3], count // num_groups * y.shape[3])
-    y = ((y - mean) * torch.rsqrt(variance + eps)).to(x.dtype).reshape(x.shape)
+    y = _reshape(((y - mean) * torch.rsqrt(variance + eps)).to(x.dtype), list(x.shape))
     shape = [1, -1] + [1] * (x.dim() - 2)
-    y = y if weight is None else y * weight.reshape(shape)
-    return y if bias is None else y + bias.reshape(shape)
+    y = y if weight is None else y * _reshape(weight, shape)
+    return y if bias is None else y + _reshape(bias, shape)
 
 
 def mean(x: Tensor, dim: int | list[int], keepdim: bool = False, *, counts: dict[int, int]) -> Tensor:
     """Mean along ``dim`` as if dimension ``d`` held ``counts[d]`` elements."""
-    result = x.mean(dim, keepdim)
-    for d, count in counts.items():
-        result = result * (x.shape[d] / count)
+    result = x.sum(dim, keepdim)
+    for d in [dim] if isinstance(dim, int) else dim:
+        result = result / counts.get(d % x.dim(), x.shape[d])
     return result

@@ -96,6 +96,35 @@ def test_a_network_of_norms_is_exact(seed: int) -> None:
     assert all(p.grad is not None for p in small.parameters())
 
 
+class Inside(nn.Module):
+    """A norm and a mean between two reshapes that spell sizes out: what replaces them must not be taken for these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.mid, self.out = (
+            nn.Conv2d(3, 12, 1),
+            nn.GroupNorm(2, 12),
+            nn.Conv2d(12, 8, 1),
+            nn.Linear(4, 5),
+        )
+        self.flat = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).reshape(-1, 12, 4, 64)
+        x = x * (1 + self.norm(x) + x.mean((1, 2), keepdim=True))
+        x = self.mid(x).reshape(-1, 8, 256).mean(2) + self.flat(x.mean((2, 3)).reshape(-1, 12))
+        return self.out(x.reshape(-1, 2, 4).mean(1))
+
+
+def test_replacements_are_not_counted_as_calls() -> None:
+    model, x = Inside().double(), image().double()
+    graph = trace_channels(model, x)
+    assert {rule.function for rule in graph.sizes} >= {"reshape", "group_norm", "mean"}
+    plan = random_plan(graph)
+    small, masked, fresh = compact(model, x, plan), mask_channels(model, x, plan), image(3).double()
+    assert relative_error(masked(fresh), small(fresh)) <= 1e-9
+
+
 def test_channels_under_such_a_norm_carry_no_gate() -> None:
     """A gate hangs where channels are read; a norm reads them without one, so gates would not mean what masks mean."""
     graph = trace_channels(Normed(), image())

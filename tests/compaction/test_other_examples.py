@@ -56,3 +56,21 @@ def test_a_path_that_only_another_batch_size_takes_is_checked() -> None:
     plan = random_plan(trace_channels(model, x))
     with pytest.raises(CompactionError, match="shape"):
         compact(model, x, plan)
+
+
+class Flat(nn.Module):
+    """``view(-1, n)`` turns one large image into several samples instead of refusing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.pool, self.out = conv(3, 8), nn.MaxPool2d(4), nn.Linear(8 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.pool(self.a(x)).view(-1, 8 * 16))
+
+
+def test_images_read_as_several_samples_are_no_counterexample() -> None:
+    model, x = Flat(), image()
+    assert model(image(1, 48)).shape == (9, 5)
+    small = compact(model, x, random_plan(trace_channels(model, x)))
+    assert small(image(4)).shape == (4, 5)
