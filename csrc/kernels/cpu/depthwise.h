@@ -15,17 +15,19 @@ struct DepthwiseRow {
   Clamp bounds;
 };
 
-template <class V, int Stride, int Cols>
+template <class V, int Stride, int Cols, bool Ahead>
 static inline __attribute__((always_inline)) void depthwise_columns(const DepthwiseRow& r, const V* w, V shift, int64_t channel,
                                                                     int64_t col) {
   V acc[Cols];
 #pragma GCC unroll 4
   for (int c = 0; c < Cols; ++c) acc[c] = shift;
-  // What the next output row reads and writes: rows lie too far apart for the hardware to guess.
+  if constexpr (Ahead) {
+    // What the next output row reads and writes: rows lie too far apart for the hardware to guess.
 #pragma GCC unroll 8
-  for (int c = 0; c < Cols * Stride; ++c) __builtin_prefetch(r.ahead_in + channel + (col * Stride + c) * r.ahead_in_step);
+    for (int c = 0; c < Cols * Stride; ++c) __builtin_prefetch(r.ahead_in + channel + (col * Stride + c) * r.ahead_in_step);
 #pragma GCC unroll 4
-  for (int c = 0; c < Cols; ++c) __builtin_prefetch(r.ahead_out + channel + (col + c) * r.out_step, 1);
+    for (int c = 0; c < Cols; ++c) __builtin_prefetch(r.ahead_out + channel + (col + c) * r.out_step, 1);
+  }
 #pragma GCC unroll 3
   for (int kh = 0; kh < 3; ++kh) {
     const float* in = r.in[kh] + channel + (col * Stride - r.pad) * r.step[kh];
@@ -59,8 +61,8 @@ static void depthwise_edge(const DepthwiseRow& r, V acc, int64_t channel, int64_
 }
 
 // Columns [from, to) of one output row.
-template <class V, int Stride>
-static void depthwise_strip(const DepthwiseRow& r, int64_t channels, int64_t from, int64_t to) {
+template <class V, int Stride, bool Ahead>
+static __attribute__((noinline)) void depthwise_strip(const DepthwiseRow& r, int64_t channels, int64_t from, int64_t to) {
   constexpr int64_t L = sizeof(V) / 4;
   const int64_t room = r.width - 3 + r.pad;
   const int64_t lo = std::min(to, std::max(from, (r.pad + Stride - 1) / Stride));
@@ -74,8 +76,8 @@ static void depthwise_strip(const DepthwiseRow& r, int64_t channels, int64_t fro
     for (int64_t c = from; c < lo; ++c) depthwise_edge<V, Stride>(r, shift, channel, c);
     int64_t c = lo;
     if (hi - lo >= 4)
-      for (; c < hi; c += 4) depthwise_columns<V, Stride, 4>(r, w, shift, channel, std::min(c, hi - 4));
-    for (; c < hi; ++c) depthwise_columns<V, Stride, 1>(r, w, shift, channel, c);
+      for (; c < hi; c += 4) depthwise_columns<V, Stride, 4, Ahead>(r, w, shift, channel, std::min(c, hi - 4));
+    for (; c < hi; ++c) depthwise_columns<V, Stride, 1, false>(r, w, shift, channel, c);
     for (c = hi; c < to; ++c) depthwise_edge<V, Stride>(r, shift, channel, c);
   }
 }
@@ -97,6 +99,8 @@ static bool depthwise(const TapConv& p, const Env& env) {
   const int64_t wanted = env.threads > 1 ? 4 * env.threads : 1;
   const int64_t bands = std::min(p.rows, std::max<int64_t>(1, (wanted + p.n - 1) / std::max<int64_t>(1, p.n)));
   const Clamp bounds = clamp_of(p.act);
+  // Far: the tensors are larger than L2, prefetching pays.
+  const bool far = p.n * (p.height * p.width + p.rows * p.cols) * channels * 4 > (2 << 20);
   run_tasks(env, p.n * bands, [&](int, int64_t index) {
     const int64_t n = index / bands, band = index % bands;
     DepthwiseRow r{};
@@ -108,12 +112,17 @@ static bool depthwise(const TapConv& p, const Env& env) {
     r.residual_step = p.residual.w;
     r.out_step = p.out.w;
     r.bounds = bounds;
-    // Strips of columns, so that two of the three input rows of the next output row are still in L1.
-    const int64_t strip = std::max<int64_t>(8, 24 * 1024 / (16 * channels * p.step_h) / 4 * 4);
+    // Strips of columns, so that two of the three input rows of the next output row are still in L1; cut behind whole
+    // groups of four columns.
+    const int64_t row_bytes = p.cols * p.step_h * channels * 4;
+    const int64_t budget = std::max<int64_t>(8, 24 * 1024 / (16 * channels * p.step_h) / 4 * 4);
+    const int64_t strip = !far && row_bytes <= 24 * 1024 ? p.cols : budget;
+    const int64_t lead = (r.pad + p.step_w - 1) / p.step_w % 4;
     const int64_t end = p.rows * (band + 1) / bands;
-    for (int64_t from = 0; from < p.cols; from += strip)
+    for (int64_t from = 0, to; from < p.cols; from = to) {
+      to = from + strip + (from == 0 ? lead : 0);
+      if (to + 3 >= p.cols) to = p.cols;
       for (int64_t row = p.rows * band / bands; row < end; ++row) {
-        const int64_t to = std::min(p.cols, from + strip);
         for (int kh = 0; kh < 3; ++kh) {
           const int64_t h = row * p.step_h + p.tap_h[0] + kh;
           const bool inside = h >= 0 && h < p.height;
@@ -130,12 +139,21 @@ static bool depthwise(const TapConv& p, const Env& env) {
         using Wide = Simd<float, LP_VECTOR_BYTES>::reg;
         using Narrow = Simd<float, LP_VECTOR_BYTES == 64 ? 32 : LP_VECTOR_BYTES>::reg;
         const bool wide = channels * 4 >= LP_VECTOR_BYTES;
+        const auto run = [&](auto stride, auto ahead) {
+          if (wide)
+            depthwise_strip<Wide, decltype(stride)::value, decltype(ahead)::value>(r, channels, from, to);
+          else
+            depthwise_strip<Narrow, decltype(stride)::value, decltype(ahead)::value>(r, channels, from, to);
+        };
+        using One = std::integral_constant<int, 1>;
+        using Two = std::integral_constant<int, 2>;
         if (p.step_h == 1)
-          wide ? depthwise_strip<Wide, 1>(r, channels, from, to) : depthwise_strip<Narrow, 1>(r, channels, from, to);
+          far ? run(One(), std::true_type()) : run(One(), std::false_type());
         else
-          wide ? depthwise_strip<Wide, 2>(r, channels, from, to) : depthwise_strip<Narrow, 2>(r, channels, from, to);
+          far ? run(Two(), std::true_type()) : run(Two(), std::false_type());
         if (!bounds.complete) activate_rows(p.act, r.out + from * r.out_step, r.out_step, to - from, channels);
       }
+    }
   });
   return true;
 }

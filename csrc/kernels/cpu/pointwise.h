@@ -52,6 +52,11 @@ static inline __attribute__((always_inline)) void pointwise_body(const Pointwise
   const float* base[bases];
   const int64_t ld = t.ldx;
   for (int i = 0; i < bases; ++i) base[i] = t.x + i * 3 * ld;
+  // The output lines arrive while the sums are computed.
+  for (int j = 0; j < MR; ++j) {
+    __builtin_prefetch(t.y + j * t.ldy, 1);
+    if constexpr (W * P > 16) __builtin_prefetch(t.y + j * t.ldy + 16, 1);
+  }
   for (int64_t k = 0; k < t.depth; ++k) {
     V b[NV];
     for (int v = 0; v < NV; ++v) b[v] = load<V>(panel[v / per_panel] + v % per_panel * L);

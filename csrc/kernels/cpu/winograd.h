@@ -233,7 +233,7 @@ static TileGroups tile_groups(int64_t tiles) {
 struct WinogradScratch {
   float *inputs, *products, *staged;
   PixelTable<float> table;
-  int64_t* pixel_begin;  // per tile of the block
+  int64_t* pixel_begin;  // per tile of the block, and the end
 };
 
 // A copy of the tile's input with its zero padding, dense channels.
@@ -281,6 +281,7 @@ static void transform_block(const TapConv& p, const TileBlocks& t, const Channel
         s.table.residual[pixels] = n * p.residual.n + r * p.residual.h + c * p.residual.w;
       }
   }
+  s.pixel_begin[count] = pixels;
 }
 
 template <int M, int W, int P>
@@ -301,11 +302,19 @@ static void run_products(const TapConv& p, const TileBlocks& t, const ChannelBlo
                      points * width);
       }
     }
+  const bool dense =
+      p.out.c == 1 && is_run(p.out_channel + first_output, std::min<int64_t>(width, p.out_begin[1] - first_output));
+  const float* near_row = dense ? static_cast<const float*>(p.out.data) + p.out_channel[first_output] : nullptr;
   alignas(64) float y[M * M * width];
   const int64_t outputs = std::min<int64_t>(width, p.out_begin[1] - first_output);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t tile = first + i, row0 = tile / t.tiles_w % t.tiles_h * M, col0 = tile % t.tiles_w * M;
     const int rows = int(std::min<int64_t>(M, p.rows - row0)), cols = int(std::min<int64_t>(M, p.cols - col0));
+    if (near_row && i + 1 < count)  // the next tile's output lines, while this one is computed
+      for (int64_t j = s.pixel_begin[i + 1]; j < s.pixel_begin[i + 2]; ++j) {
+        __builtin_prefetch(near_row + s.table.out[j], 1);
+        if constexpr (width > 16) __builtin_prefetch(near_row + s.table.out[j] + 16, 1);
+      }
     winograd_output<M>(s.products + i * points * width, width, rows, cols, y);
     epilogue<float, float>(p, y, width, s.table, s.pixel_begin[i], rows * cols, first_output, outputs);
   }
@@ -323,7 +332,7 @@ static void winograd_tiles(const TapConv& p, const Env& env) {
   const int64_t product_bytes = round_up(groups * kTileGroup * N * N * t.width * 4, 64);
   const int64_t staged_bytes = round_up((N * N * std::max<int64_t>(kChannelBlock, channels) + kChannelBlock) * 4, 64);
   const int64_t pixels = t.block * M * M;
-  const int64_t slot_bytes = input_bytes + product_bytes + staged_bytes + round_up((2 * pixels + t.block) * 8, 64) + 64;
+  const int64_t slot_bytes = input_bytes + product_bytes + staged_bytes + round_up((2 * pixels + t.block + 1) * 8, 64) + 64;
   const int64_t tasks = t.blocks * t.splits;
   const int64_t slots = std::min<int64_t>(env.threads, tasks);
   char* scratch = aligned(static_cast<char*>(env.alloc(env.owner, size_t(slots * slot_bytes + 64))));
