@@ -127,7 +127,8 @@ class PruningFit:
         """
         assert self.keeper is not None
         if self.learner is not None:
-            values, alive = self.learner.saliency(), self.learner.mask()
+            by_weight = saliency("magnitude", model, self.graph)
+            values, alive = self.learner.saliency(by_weight), self.learner.mask()
             self.learner.gates.detach()
             if self.early is None:
                 self.keeper.fold(self.learner.gates.final())

@@ -139,10 +139,16 @@ class MaskLearner:
             self.gates.snap(torch.tensor(chosen, device=self.gates.dead.device))
         return bool(chosen)
 
-    def saliency(self) -> np.ndarray:
-        """Magnitude of the gates, shape [num_channels]; channels without a gate rank above all others."""
+    def saliency(self, otherwise: np.ndarray) -> np.ndarray:
+        """What the gates learned, shape [num_channels]; channels without a gate rank above, by ``otherwise``."""
         values = self.gates.saliency().cpu().numpy().astype(np.float64)
-        return np.where(self.trainable, values, np.inf if not len(values) else values.max() + 1.0)
+        above = (
+            otherwise
+            - otherwise.min()
+            + (values[self.trainable].max() if self.trainable.any() else 0.0)
+            + 1e-9
+        )
+        return np.where(self.trainable, values, above)
 
     def gates_by_group(self) -> dict[str, list[float]]:
         """Gate values per group."""

@@ -318,3 +318,35 @@ def test_a_users_own_method_plugs_in_by_name() -> None:
             assert removed == list(range(size - len(removed), size))
     finally:
         del LEARNED["last_first"]
+
+
+class Normed(nn.Module):
+    """A layer norm over one group (no gate can hang there), and a plain group behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Linear(6, 16), nn.LayerNorm(16)
+        self.b, self.c = nn.Linear(16, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.norm(self.a(x))))))
+
+
+def test_channels_without_a_gate_go_last_and_by_magnitude() -> None:
+    class Module(ToyModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Normed()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.flatten(1)[:, :6])
+
+    callback = ChannelPruning(target=0.3, warmup_epochs=0, learn_epochs=2)
+    torch.manual_seed(0)
+    module = Module()
+    trainer([callback], 3).fit(module, loader())
+    widths = callback.report.widths
+    assert widths["net.b"][0] < 10
+    assert widths["net.a"][0] < 16, "the gated group alone cannot pay for this target"
+    assert callback.report.macs_compact <= 0.3 * callback.report.macs_dense
+    assert callback.report.max_relative_error <= 1e-5
