@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -113,8 +114,11 @@ def measure(shape: Any, peers: dict[str, Any], rounds: int, budget: float) -> di
         once = (time.process_time_ns() - begin) / 2e9
         repeats[name] = max(1, min(1000, round(budget / max(once, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, call in calls.items():
+        # Another order in every round: a runtime's threads may still spin while the next one runs.
+        for name in order.sample(list(calls), len(calls)):
+            call = calls[name]
             call()  # the others have just used the caches
             begin = time.process_time_ns()
             for _ in range(repeats[name]):

@@ -11,7 +11,7 @@ struct DepthwiseRow {
   int64_t out_step;
   const float* ahead_in;
   const float* ahead_out;
-  int64_t ahead_in_step;
+  int64_t ahead_in_step, ahead_in_row;
   Clamp bounds;
 };
 
@@ -23,8 +23,11 @@ static inline __attribute__((always_inline)) void depthwise_columns(const Depthw
   for (int c = 0; c < Cols; ++c) acc[c] = shift;
   if constexpr (Ahead) {
     // What the next output row reads and writes: rows lie too far apart for the hardware to guess.
+    for (int s = 0; s < Stride; ++s) {
+      const float* in = r.ahead_in + s * r.ahead_in_row + channel + col * Stride * r.ahead_in_step;
 #pragma GCC unroll 8
-    for (int c = 0; c < Cols * Stride; ++c) __builtin_prefetch(r.ahead_in + channel + (col * Stride + c) * r.ahead_in_step);
+      for (int c = 0; c < Cols * Stride; ++c) __builtin_prefetch(in + c * r.ahead_in_step);
+    }
 #pragma GCC unroll 4
     for (int c = 0; c < Cols; ++c) __builtin_prefetch(r.ahead_out + channel + (col + c) * r.out_step, 1);
   }
@@ -49,15 +52,19 @@ static inline __attribute__((always_inline)) void depthwise_columns(const Depthw
 
 // A column whose window reaches into the padding.
 template <class V, int Stride>
-static void depthwise_edge(const DepthwiseRow& r, V acc, int64_t channel, int64_t col) {
-  for (int kh = 0; kh < 3; ++kh)
-    for (int64_t k = 0; k < 3; ++k) {
-      const int64_t w = col * Stride - r.pad + k;
-      if (w < 0 || w >= r.width) continue;
-      acc += load<V>(r.in[kh] + channel + w * r.step[kh]) * load<V>(r.weight + (kh * 3 + k) * r.tap_stride + channel);
-    }
-  if (r.residual) acc += load<V>(r.residual + channel + col * r.residual_step);
-  store<V>(r.out + channel + col * r.out_step, clamp(acc, r.bounds.low, r.bounds.high));
+static inline __attribute__((always_inline)) void depthwise_edge(const DepthwiseRow& r, const V* w, V shift, int64_t channel,
+                                                                 int64_t col) {
+  const int64_t first = col * Stride - r.pad;
+  V acc[3] = {shift, V{}, V{}};
+#pragma GCC unroll 3
+  for (int k = 0; k < 3; ++k) {
+    if (first + k < 0 || first + k >= r.width) continue;
+#pragma GCC unroll 3
+    for (int kh = 0; kh < 3; ++kh) acc[kh] += load<V>(r.in[kh] + channel + (first + k) * r.step[kh]) * w[kh * 3 + k];
+  }
+  V sum = acc[0] + acc[1] + acc[2];
+  if (r.residual) sum += load<V>(r.residual + channel + col * r.residual_step);
+  store<V>(r.out + channel + col * r.out_step, clamp(sum, r.bounds.low, r.bounds.high));
 }
 
 // Columns [from, to) of one output row.
@@ -73,12 +80,12 @@ static __attribute__((noinline)) void depthwise_strip(const DepthwiseRow& r, int
 #pragma GCC unroll 9
     for (int k = 0; k < 9; ++k) w[k] = load<V>(r.weight + k * r.tap_stride + channel);
     const V shift = r.shift ? load<V>(r.shift + channel) : V{};
-    for (int64_t c = from; c < lo; ++c) depthwise_edge<V, Stride>(r, shift, channel, c);
+    for (int64_t c = from; c < lo; ++c) depthwise_edge<V, Stride>(r, w, shift, channel, c);
     int64_t c = lo;
     if (hi - lo >= 4)
       for (; c < hi; c += 4) depthwise_columns<V, Stride, 4, Ahead>(r, w, shift, channel, std::min(c, hi - 4));
     for (; c < hi; ++c) depthwise_columns<V, Stride, 1, false>(r, w, shift, channel, c);
-    for (c = hi; c < to; ++c) depthwise_edge<V, Stride>(r, shift, channel, c);
+    for (c = hi; c < to; ++c) depthwise_edge<V, Stride>(r, w, shift, channel, c);
   }
 }
 
@@ -131,7 +138,8 @@ static bool depthwise(const TapConv& p, const Env& env) {
         }
         r.out = static_cast<float*>(p.out.data) + n * p.out.n + row * p.out.h + p.out_channel[0];
         const bool more = row + 1 < p.rows && (row + 1) * p.step_h + p.tap_h[0] + 2 < p.height;
-        r.ahead_in = more ? r.in[2] + p.step_h * p.x.h : zeros;
+        r.ahead_in = more ? r.in[2] + p.x.h : zeros;
+        r.ahead_in_row = more ? p.x.h : 0;
         r.ahead_in_step = more ? p.x.w : 0;
         r.ahead_out = row + 1 < p.rows ? r.out + p.out.h : r.out;
         if (p.residual.data)
