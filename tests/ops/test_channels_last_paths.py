@@ -1,4 +1,4 @@
-"""The kernels that read channels-last tensors in place: 1x1 products, depthwise 3x3, runs of channels of a stream."""
+"""The kernels for channels-last tensors: 1x1 products, depthwise 3x3, long rows, runs of channels of a stream."""
 
 from __future__ import annotations
 
@@ -125,6 +125,41 @@ def test_depthwise(
     x = torch.randn(batch, channels, height, width, generator=generator)
     weight = torch.randn(channels, 1, 3, 3, generator=generator)
     check(x, weight, channels, stride, padding, activation, stream, generator)
+
+
+@given(
+    batch=st.integers(1, 3),
+    inputs=st.sampled_from([1, 3, 16, 37]),
+    outputs=st.sampled_from([1, 5, 8, 9, 16, 31, 33, 48, 67]),
+    size=st.tuples(st.integers(1, 9), st.integers(12, 31)),
+    kernel=st.tuples(st.sampled_from([1, 2, 3, 5]), st.sampled_from([1, 3, 5])),
+    stride=st.integers(1, 2),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    activation=ACTIVATION,
+    stream=STREAMS,
+    seed=st.integers(0, 99),
+)
+@RELAXED
+def test_long_rows(
+    target: torch.device,
+    batch: int,
+    inputs: int,
+    outputs: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int],
+    activation: str,
+    stream: str,
+    seed: int,
+) -> None:
+    if target.type == "cuda":
+        pytest.skip("a path of the CPU kernels")
+    generator = torch.Generator().manual_seed(seed)
+    height, width = (max(s, k - 2 * p) for s, k, p in zip(size, kernel, padding, strict=True))
+    x = torch.randn(batch, inputs, height, width, generator=generator)
+    weight = torch.randn(outputs, inputs, *kernel, generator=generator)
+    check(x, weight, 1, stride, padding, activation, stream, generator)
 
 
 def test_nan_passes_every_activation(target: torch.device) -> None:

@@ -7,12 +7,13 @@ static void run_panels(const TapConv& p, const TileSet<T>& set, const T* weight,
   T out[14 * 3 * kPanel] __attribute__((aligned(64)));
   const int64_t tiles = (pixels + set.max - 1) / set.max;
   const T* pointer[14];
+  const bool consecutive = is_run(p.out_channel + first, count);
   for (int64_t t = 0; t < tiles; ++t) {
     // Even shares instead of full tiles and a stump.
     const int64_t begin = pixels * t / tiles, size = pixels * (t + 1) / tiles - begin;
     for (int j = 0; j < 14; ++j) pointer[j] = table.in[begin + std::min<int64_t>(j, size - 1)];
     set.fn[size](pointer, run_at, run_length, runs, weight, panel_stride, out);
-    epilogue<S, T>(p, out, ld, table, begin, size, first, count);
+    epilogue<S, T>(p, out, ld, table, begin, size, first, count, consecutive);
   }
 }
 
@@ -46,8 +47,11 @@ static void conv(const TapConv& p, const Env& env) {
                     (p.cols - 1) * p.step_w + p.tap_w[0] < p.width && is_run(channel, inputs);
     if (!in_place) stage_task<S, T>(staged, p, b, t, ld);
     const int64_t staged_rows = (t.rows - 1) * b.pixel_step_h + b.extent_h;
+    // Long rows of a channels-last output: equally spaced pixels need no table, and the epilogue stays in registers.
+    const bool by_rows = std::is_same_v<S, float> && !in_place && !p.depthwise && p.taps > 0 && p.cols >= 12 && !p.scale &&
+                         p.out.c == 1 && (!p.residual.data || p.residual.c == 1) && is_run(p.out_channel + first, outputs);
     int64_t pixels = 0;
-    for (int64_t i = 0; i < t.images; ++i)
+    for (int64_t i = 0; i < t.images && !by_rows; ++i)
       for (int64_t r = 0; r < t.rows; ++r)
         for (int64_t c = 0; c < p.cols; ++c, ++pixels) {
           const int64_t n = t.image0 + i, row = t.row0 + r;
@@ -67,6 +71,36 @@ static void conv(const TapConv& p, const Env& env) {
       } else {
         run_at[runs] = at;
         run_length[runs++] = ld;
+      }
+    }
+    if constexpr (std::is_same_v<S, float>) {
+      if (by_rows) {
+        PointwiseTile tile{};
+        tile.ldx = b.pixel_step_w * ld;
+        tile.ldy = p.out.w;
+        tile.ldr = p.residual.w;
+        tile.runs = runs;
+        tile.run_at = run_at;
+        tile.run_length = run_length;
+        tile.bounds = clamp_of(p.act);
+        const float* shift = p.shift ? static_cast<const float*>(p.shift) + first : nullptr;
+        float* out = static_cast<float*>(p.out.data) + p.out_channel[first];
+        const auto at = [&](int64_t line, PointwiseTile& q) {
+          const int64_t i = line / t.rows, r = line % t.rows, n = t.image0 + i, row = t.row0 + r;
+          q.x = staged + (i * staged_rows + r * b.pixel_step_h) * b.staged_cols * ld;
+          q.y = out + n * p.out.n + row * p.out.h;
+          if (p.residual.data)
+            q.residual =
+                static_cast<const float*>(p.residual.data) + p.out_channel[first] + n * p.residual.n + row * p.residual.h;
+        };
+        const int64_t lines = t.images * t.rows;
+        pointwise_panels(tile, weight, shift, int64_t(p.taps) * inputs, outputs, lines, p.cols, at);
+        if (!tile.bounds.complete)
+          for (int64_t line = 0; line < lines; ++line) {
+            at(line, tile);
+            activate_rows(p.act, tile.y, tile.ldy, p.cols, outputs);
+          }
+        return;
       }
     }
     if (p.depthwise) {

@@ -24,14 +24,14 @@ static inline void finish_row(Act act, const T* row, const T* shift, const T* re
   }
 }
 
-// Affine, residual, activation on a tile in L1, then the store in the output's own layout and type.
+// Affine, residual, activation on a tile in L1, then the store in the output's own layout and type. `consecutive`: the
+// tile's output channels are a run.
 template <class S, class T>
 static void epilogue(const TapConv& p, T* tile_out, int64_t ld, const PixelTable<T>& table, int64_t pixel0, int64_t pixels,
-                     int64_t first, int64_t count) {
+                     int64_t first, int64_t count, bool consecutive) {
   const T* scale = p.scale ? static_cast<const T*>(p.scale) + first : nullptr;
   const T* shift = p.shift ? static_cast<const T*>(p.shift) + first : nullptr;
   const int64_t* channel = p.out_channel + first;
-  const bool consecutive = is_run(channel, count);
   if constexpr (std::is_same_v<S, T>) {
     if (p.out.c == 1 && consecutive && !scale && (!p.residual.data || p.residual.c == 1)) {
       const T* residual = static_cast<const T*>(p.residual.data);

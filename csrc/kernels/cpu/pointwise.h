@@ -27,9 +27,12 @@ static void activate_rows(Act act, float* y, int64_t ld, int64_t pixels, int64_t
   });
 }
 
+// A tile's sums run over contiguous stretches of x: one for a 1x1 convolution, one per row of taps for a staged band.
 struct PointwiseTile {
   const float* x;
-  int64_t ldx, depth;
+  int64_t ldx;
+  int runs;
+  const int64_t *run_at, *run_length;
   const float* weight;
   int64_t panel_stride;
   const float* shift;
@@ -51,18 +54,20 @@ static inline __attribute__((always_inline)) void pointwise_body(const Pointwise
   constexpr int bases = (MR + 2) / 3;
   const float* base[bases];
   const int64_t ld = t.ldx;
-  for (int i = 0; i < bases; ++i) base[i] = t.x + i * 3 * ld;
   // The output lines arrive while the sums are computed.
   for (int j = 0; j < MR; ++j) {
     __builtin_prefetch(t.y + j * t.ldy, 1);
     if constexpr (W * P > 16) __builtin_prefetch(t.y + j * t.ldy + 16, 1);
   }
-  for (int64_t k = 0; k < t.depth; ++k) {
-    V b[NV];
-    for (int v = 0; v < NV; ++v) b[v] = load<V>(panel[v / per_panel] + v % per_panel * L);
-    ((acc[I] += base[I / NV / 3][I / NV % 3 * ld] * b[I % NV]), ...);
-    for (int i = 0; i < P; ++i) panel[i] += W;
-    for (int i = 0; i < bases; ++i) ++base[i];
+  for (int r = 0; r < t.runs; ++r) {
+    for (int i = 0; i < bases; ++i) base[i] = t.x + t.run_at[r] + i * 3 * ld;
+    for (int64_t k = t.run_length[r]; k > 0; --k) {
+      V b[NV];
+      for (int v = 0; v < NV; ++v) b[v] = load<V>(panel[v / per_panel] + v % per_panel * L);
+      ((acc[I] += base[I / NV / 3][I / NV % 3 * ld] * b[I % NV]), ...);
+      for (int i = 0; i < P; ++i) panel[i] += W;
+      for (int i = 0; i < bases; ++i) ++base[i];
+    }
   }
   V shift[NV] = {};
   if (t.shift)
@@ -145,6 +150,32 @@ static bool is_pointwise(const TapConv& p) {
   return is_run(p.in_channel, p.in_begin[1]) && is_run(p.out_channel, p.out_begin[1]);
 }
 
+// All panels of `outputs` outputs, over `lines` rows of `pixels` pixels each; at(line, tile) sets x, y and residual.
+template <class F>
+static void pointwise_panels(PointwiseTile t, const float* weight, const float* shift, int64_t depth, int64_t outputs,
+                             int64_t lines, int64_t pixels, const F& at) {
+  const int64_t rest = outputs % kPanel, full = outputs / kPanel + (rest > 8);
+  t.panel_stride = kPanel * depth;
+  for (int64_t panel = 0; panel * kPanel < outputs;) {
+    const int64_t o = panel * kPanel, take = panel >= full ? 1 : LP_REGISTERS == 32 && panel + 2 <= full ? 2 : 1;
+    t.weight = weight + o * depth;
+    t.shift = shift ? shift + o : nullptr;
+    t.count = std::min(outputs - o, take * kPanel);
+    for (int64_t line = 0; line < lines; ++line) {
+      at(line, t);
+      t.y += o;
+      if (t.residual) t.residual += o;
+      if (panel >= full)
+        pointwise_rows<8, 1>(t, pixels);
+      else if (take == 2)
+        pointwise_rows<16, LP_REGISTERS == 32 ? 2 : 1>(t, pixels);
+      else
+        pointwise_rows<16, 1>(t, pixels);
+    }
+    panel += take;
+  }
+}
+
 static void pointwise(const TapConv& p, const Env& env) {
   const int64_t pixels = p.n * p.rows * p.cols, inputs = p.in_begin[1], outputs = p.out_begin[1];
   const Clamp bounds = clamp_of(p.act);
@@ -157,36 +188,25 @@ static void pointwise(const TapConv& p, const Env& env) {
   const int64_t blocks = (pixels + block - 1) / block;
   run_tasks(env, blocks, [&](int, int64_t index) {
     const int64_t first = pixels * index / blocks, rows = pixels * (index + 1) / blocks - first;
-    const int64_t rest = outputs % kPanel, full = outputs / kPanel + (rest > 8);
+    const int64_t begin = 0;
     PointwiseTile t{};
     t.ldx = p.x.w;
     t.ldy = p.out.w;
     t.ldr = p.residual.w;
-    t.depth = inputs;
-    t.panel_stride = kPanel * inputs;
+    t.runs = 1;
+    t.run_at = &begin;
+    t.run_length = &inputs;
     t.bounds = bounds;
-    t.x = static_cast<const float*>(p.x.data) + p.in_channel[0] + first * t.ldx;
+    const float* x = static_cast<const float*>(p.x.data) + p.in_channel[0] + first * t.ldx;
     float* y = static_cast<float*>(p.out.data) + p.out_channel[0] + first * t.ldy;
-    for (int64_t panel = 0; panel * kPanel < outputs;) {
-      const int64_t o = panel * kPanel;
-      t.weight = static_cast<const float*>(p.weight) + o * inputs;
-      t.shift = p.shift ? static_cast<const float*>(p.shift) + o : nullptr;
-      t.y = y + o;
-      if (p.residual.data) t.residual = static_cast<const float*>(p.residual.data) + p.out_channel[0] + o + first * t.ldr;
-      t.count = outputs - o;
-      if (LP_REGISTERS == 32 && panel + 2 <= full) {
-        t.count = std::min(t.count, 2 * kPanel);
-        pointwise_rows<16, LP_REGISTERS == 32 ? 2 : 1>(t, rows);
-        panel += 2;
-      } else if (panel < full) {
-        t.count = std::min(t.count, kPanel);
-        pointwise_rows<16, 1>(t, rows);
-        ++panel;
-      } else {
-        pointwise_rows<8, 1>(t, rows);
-        ++panel;
-      }
-    }
+    const float* residual = static_cast<const float*>(p.residual.data);
+    if (residual) residual += p.out_channel[0] + first * t.ldr;
+    pointwise_panels(t, static_cast<const float*>(p.weight), static_cast<const float*>(p.shift), inputs, outputs, 1, rows,
+                     [&](int64_t, PointwiseTile& tile) {
+                       tile.x = x;
+                       tile.y = y;
+                       tile.residual = residual;
+                     });
     if (!bounds.complete) activate_rows(p.act, y, t.ldy, rows, outputs);
   });
 }

@@ -302,11 +302,11 @@ static void run_products(const TapConv& p, const TileBlocks& t, const ChannelBlo
                      points * width);
       }
     }
-  const bool dense =
-      p.out.c == 1 && is_run(p.out_channel + first_output, std::min<int64_t>(width, p.out_begin[1] - first_output));
+  const int64_t outputs = std::min<int64_t>(width, p.out_begin[1] - first_output);
+  const bool consecutive = is_run(p.out_channel + first_output, outputs);
+  const bool dense = consecutive && p.out.c == 1;
   const float* near_row = dense ? static_cast<const float*>(p.out.data) + p.out_channel[first_output] : nullptr;
   alignas(64) float y[M * M * width];
-  const int64_t outputs = std::min<int64_t>(width, p.out_begin[1] - first_output);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t tile = first + i, row0 = tile / t.tiles_w % t.tiles_h * M, col0 = tile % t.tiles_w * M;
     const int rows = int(std::min<int64_t>(M, p.rows - row0)), cols = int(std::min<int64_t>(M, p.cols - col0));
@@ -316,7 +316,7 @@ static void run_products(const TapConv& p, const TileBlocks& t, const ChannelBlo
         if constexpr (width > 16) __builtin_prefetch(near_row + s.table.out[j] + 16, 1);
       }
     winograd_output<M>(s.products + i * points * width, width, rows, cols, y);
-    epilogue<float, float>(p, y, width, s.table, s.pixel_begin[i], rows * cols, first_output, outputs);
+    epilogue<float, float>(p, y, width, s.table, s.pixel_begin[i], rows * cols, first_output, outputs, consecutive);
   }
 }
 
