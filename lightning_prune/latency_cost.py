@@ -118,7 +118,7 @@ def measure_latency_cost(
         if progress is not None:
             progress(i, len(layers), name)
         prefix = f"{name}." if name else ""
-        rows, columns = (_positions(graph, f"{prefix}weight", d) for d in (0, 1))
+        rows, columns = (graph.positions(f"{prefix}weight", d) for d in (0, 1))
         transposed = isinstance(module, _ConvTransposeNd)
         in_channels, out_channels = (rows, columns) if transposed else (columns, rows)
         if (in_channels >= 0).any() or (out_channels >= 0).any():
@@ -148,16 +148,6 @@ def _input_shapes(model: nn.Module, inputs: ExampleInputs) -> dict[str, tuple[in
         for handle in handles:
             handle.remove()
     return shapes
-
-
-def _positions(graph: ChannelGraph, tensor: str, dim: int) -> npt.NDArray[np.int64]:
-    """Channel id of each position of a weight's dimension, -1 for none."""
-    found = np.full(graph.tensors[tensor][dim], -1, np.int64)
-    for group in graph.groups:
-        for member in group.members:
-            if (member.tensor, member.dim) == (tensor, dim):
-                found[member.index] = np.arange(group.start, group.start + group.size)[:, None]
-    return found
 
 
 def _widths(size: int, prunable: bool, multiple: int) -> list[int]:

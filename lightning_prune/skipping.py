@@ -261,10 +261,6 @@ def _faster(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, needs
 def _layers(model: nn.Module, graph: ChannelGraph) -> list[_Layer]:
     """Every plain convolution whose rows or columns belong to channels."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    members: dict[tuple[str, int], list[tuple[int, np.ndarray]]] = {}
-    for group in graph.groups:
-        for member in group.members:
-            members.setdefault((member.tensor, member.dim), []).append((group.start, member.index))
     found = []
     for module in model.modules():
         if type(module) is not nn.Conv2d or id(module.weight) not in names:
@@ -274,15 +270,7 @@ def _layers(model: nn.Module, graph: ChannelGraph) -> list[_Layer]:
         except ValueError:
             continue
         name = names[id(module.weight)]
-        rows = _channels(module.weight.shape[0], members.get((name, 0), []))
-        columns = _channels(module.weight.shape[1], members.get((name, 1), []))
+        rows, columns = graph.positions(name, 0), graph.positions(name, 1)
         if (rows >= 0).any() or (columns >= 0).any():
             found.append(_Layer(module, rows, np.tile(columns, module.groups), padding))
     return found
-
-
-def _channels(size: int, parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
-    channels = np.full(size, -1, np.int64)
-    for start, index in parts:
-        channels[index] = np.arange(start, start + len(index))[:, None]
-    return channels

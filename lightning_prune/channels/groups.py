@@ -157,6 +157,15 @@ class ChannelGraph:
     def __len__(self) -> int:
         return len(self.groups)
 
+    def positions(self, tensor: str, dim: int) -> Vector:
+        """Channel id of every position along one dimension of a parameter or buffer, -1 where there is none."""
+        found = np.full(self.tensors[tensor][dim], -1, np.int64)
+        for group in self.groups:
+            for member in group.members:
+                if (member.tensor, member.dim) == (tensor, dim):
+                    found[member.index] = np.arange(group.start, group.start + group.size)[:, None]
+        return found
+
     def group_of(self) -> Vector:
         """Index of the group of each channel, shape [num_channels]."""
         return np.repeat(np.arange(len(self.groups)), [g.size for g in self.groups]).astype(np.int64)

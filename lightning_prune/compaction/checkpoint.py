@@ -12,8 +12,9 @@ import safetensors.torch
 from torch import nn
 
 from ..errors import PlanError
+from ..files import write_atomically
 from .apply import apply_plan
-from .plan import CompactionPlan, write_atomically
+from .plan import CompactionPlan
 
 _PLAN = "lightning_prune_plan"
 _ALIASES = "lightning_prune_aliases"
