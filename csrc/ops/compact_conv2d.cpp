@@ -26,11 +26,11 @@ DType storage_type(ScalarType t) {
                                      : DType::f32;
 }
 
-// "auto": Winograd where it was faster than the direct kernels at every map from 7x7 up.
+// "auto": the transform from as many channels as the direct kernels were slower (winograd.py has the same number).
 int parse_algorithm(const char* op, const std::string& name, const Tensor& weight, int64_t groups) {
   const bool fits = weight.size(2) == 3 && weight.size(3) == 3 && groups == 1 && !weight.is_cuda() &&
                     weight.scalar_type() == ScalarType::Float;
-  if (name == "auto") return fits && weight.size(0) >= 8 && weight.size(1) >= 8 ? 4 : 0;
+  if (name == "auto") return fits && weight.size(0) >= 12 && weight.size(1) >= 12 ? 4 : 0;
   if (name == "direct") return 0;
   if (name != "winograd2" && name != "winograd4")
     fail(op, ": algorithm must be one of auto, direct, winograd2, winograd4; got '", name, "'");

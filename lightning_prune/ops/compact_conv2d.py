@@ -24,7 +24,7 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct
         algorithm: ``direct`` sums the products in the order of the definition. ``winograd2`` and ``winograd4`` add the
             weight transformed for Winograd convolution with output tiles of 2x2 and 4x4 (float32, 3x3, groups=1, CPU;
             2.8 and 5 times the memory); it is used for stride and dilation 1 and does a half and a quarter of the
-            multiplications. ``auto`` takes ``winograd4`` where it applies and there are at least 8 inputs and outputs.
+            multiplications. ``auto`` takes ``winograd4`` where it applies and there are at least 12 inputs and outputs.
 
     Returns:
         1-D tensor on the weight's device; float64 for float64 weights, else float32. Its layout does not depend on the

@@ -13,7 +13,7 @@ from torch import Tensor
 
 ALGORITHMS = ("auto", "direct", "winograd2", "winograd4")
 # Smallest channel counts for which "auto" packs Winograd weights: below, the direct kernels are as fast.
-AUTO_MIN_CHANNELS = 8
+AUTO_MIN_CHANNELS = 12
 # Interpolation points beside 0 and infinity. The square roots keep the matrices of F(4x4) well conditioned.
 _POINTS = {2: (1.0, -1.0), 4: (0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))}
 

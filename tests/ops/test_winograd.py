@@ -204,9 +204,9 @@ def test_module_packs_again_and_saves_the_plain_weight() -> None:
 def test_opcheck(algorithm: str) -> None:
     if not ops.extension_available():
         pytest.skip("no compiled extension")
-    weight = torch.randn(11, 9, 3, 3)
+    weight = torch.randn(13, 12, 3, 3)
     torch.library.opcheck(OP.pack_conv2d_weight, (weight, 1, algorithm))
     packed = OP.pack_conv2d_weight(weight, 1, algorithm)
-    x = torch.randn(2, 9, 8, 8)
-    arguments = (x, packed, None, None, None, None, [11, 9, 3, 3], [1, 1], [1, 1], [1, 1], 1, "relu")
+    x = torch.randn(2, 12, 8, 8)
+    arguments = (x, packed, None, None, None, None, [13, 12, 3, 3], [1, 1], [1, 1], [1, 1], 1, "relu")
     torch.library.opcheck(OP.compact_conv2d, arguments)

@@ -58,11 +58,13 @@ void pack_transformed(const View& w, int64_t outputs, int64_t channels, int tile
       &context);
 }
 
-// Winograd pays when there are enough tiles to use each of its many weights more than a few times.
+// Winograd pays from a few tiles up: fewer read its many weights for too little work.
 bool use_winograd(const CompactForward& f) {
   const ConvShape& s = f.shape;
   if (f.tile == 0 || f.dtype != DType::f32 || s.groups != 1) return false;
-  return s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dil_h == 1 && s.dil_w == 1 && s.channels > 0;
+  const int64_t tiles = s.n * ((s.out_h + f.tile - 1) / f.tile) * ((s.out_w + f.tile - 1) / f.tile);
+  return tiles >= 4 && s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dil_h == 1 && s.dil_w == 1 &&
+         s.channels > 0;
 }
 
 template <class T>
