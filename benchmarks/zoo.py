@@ -101,7 +101,9 @@ def finished(name: str, path: Path, code: int | None, late: bool) -> dict:
     reason = "time limit" if late else (lines or [""])[-1] if code else ""
     if found:
         row = json.loads(found[-1])
-        return row if code == 0 and not late else row | {"peer": {"status": "crash", "reason": reason[:120]}}
+        # the peer's own failure; a row without one yet was cut off in it, after this package's part was done
+        failed = {"status": "time limit" if late else "crash", "reason": reason[:120]}
+        return row if code == 0 and not late else row | {"peer": failed}
     return {"name": name, "status": "crash", "reason": reason or f"exit code {code}"}
 
 
@@ -130,7 +132,7 @@ def summarize(rows: list[dict]) -> dict[str, str]:
     }
     peers = [r["peer"] for r in rows if "peer" in r]
     if peers:
-        for status in ("exact", "wrong", "unchanged", "crash"):
+        for status in ("exact", "wrong", "unchanged", "crash", "time limit"):
             result[f"Torch-Pruning {status}"] = f"{sum(p['status'] == status for p in peers)} of {len(peers)}"
         both = [
             (r["trace_seconds"] + r["compact_seconds"], r["peer"]["seconds"])
