@@ -130,6 +130,9 @@ def summarize(rows: list[dict]) -> dict[str, str]:
         "prunable groups control >= 80 % of the parameters": f"{len(wide)} of {n}",
         "traced within 10 forward passes + 1 s": f"{len(within)} of {n}",
     }
+    peaks = [(r["trace_peak_mib"], r["name"]) for r in rows if "trace_peak_mib" in r]
+    if peaks:
+        result["most memory above the model while tracing"] = "{:.0f} MiB ({})".format(*max(peaks))
     peers = [r["peer"] for r in rows if "peer" in r]
     if peers:
         for status in ("exact", "wrong", "unchanged", "crash", "time limit"):

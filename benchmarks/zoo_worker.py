@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,19 @@ def seconds(model: nn.Module, x: torch.Tensor) -> float:
     return min(times)
 
 
+def resident(field: str, reset_peak: bool = False) -> float:
+    """Resident memory of this process in MiB (``VmRSS`` now, ``VmHWM`` the peak); nan where /proc does not tell."""
+    try:
+        if reset_peak:
+            Path("/proc/self/clear_refs").write_text("5")
+        line = next(
+            text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(field)
+        )
+        return int(line.split()[1]) / 1024
+    except (OSError, StopIteration):
+        return float("nan")
+
+
 def share(model: nn.Module, graph: ChannelGraph) -> float:
     """Share of all parameter elements that disappear when some prunable channel goes."""
     prunable: dict[tuple[str, int], int] = {}
@@ -86,12 +100,14 @@ def examine(name: str, model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
         "params": sum(p.numel() for p in model.parameters()),
     }
     forward = seconds(model, x)
+    before = resident("VmRSS", reset_peak=True)
     start = time.perf_counter()
     try:
         graph = trace_channels(model, x)
     except PruneError as error:
         return row | {"status": "refused", "reason": str(error)[:300]}
     took = time.perf_counter() - start
+    row["trace_peak_mib"] = resident("VmHWM") - before
     row |= {
         "share": share(model, graph), "groups": len(graph), "trace_seconds": took, "forward_seconds": forward,
         "forwards": took / forward, "size_rules": len(graph.sizes),
