@@ -38,9 +38,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "zoo.json")
     options = parser.parse_args()
     sys.path[:0] = [str(HERE), str(HERE.parent)]
-    from zoo_models import QUICK, ZOO
+    from zoo_models import EXTRA, QUICK, ZOO
 
-    names = options.names or (QUICK if options.quick else list(ZOO))
+    names = options.names or (QUICK if options.quick else [name for name in ZOO if name not in EXTRA])
     rows = run_all(names, options)
     summary = summarize(rows)
     print(table(rows), "", *(f"{k:52} {v}" for k, v in summary.items()), sep="\n")

@@ -90,3 +90,7 @@ QUICK = _names("""
 resnet18 res2net50_26w_4s densenet121 mobilenetv3_small_100 ghostnet_100 rexnet_100 dpn48b regnety_008 convnext_atto
 vit_tiny_patch16_224 poolformer_s12 unet yolo
 """)
+
+#: not in the list; by name, for the memory that tracing takes at a usual size
+EXTRA = ("resnet50_224",)
+ZOO["resnet50_224"] = _timm("resnet50", 224)
