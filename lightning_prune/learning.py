@@ -59,6 +59,8 @@ class MaskLearner:
             model, graph, torch.from_numpy(~protected).to(device), lr, config.snap_threshold, self.steps,
             **config.method_options,
         )  # fmt: skip
+        #: channels whose gates learn; fixed from here on, so that no step waits for the device to tell
+        self.trainable: Mask = np.asarray(self.gates.trainable.cpu().numpy(), dtype=bool)
         self.controller = PenaltyController(lr=10.0 / self.steps)
         self.done = 0
         self.strength = 0.0
@@ -67,11 +69,6 @@ class MaskLearner:
         self._least = [0 if removable is not None and removable[g.start] else least for g in graph.groups]
         # layers with a width of their own are ranked by their gates, not pressed, and count as what will be left of them
         self._share = fixed_shares(graph, config.ratios)
-
-    @property
-    def trainable(self) -> Mask:
-        """Channels whose gates learn."""
-        return np.asarray(self.gates.trainable.cpu().numpy(), dtype=bool)
 
     def mask(self) -> Mask:
         """Channels that are not dead yet, bool of shape [num_channels]."""

@@ -38,6 +38,18 @@ def _matches(pattern: str, name: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or re.fullmatch(pattern, name) is not None
 
 
+def _matching(graph: ChannelGraph, pattern: str, given: str) -> list[ChannelGroup]:
+    """Groups that ``pattern`` selects; ``given`` names the argument in the error when there are none."""
+    matched = [group for group in graph.groups if any(_matches(pattern, name) for name in _names(group))]
+    if not matched:
+        names = sorted({name for group in graph.groups for name in _names(group)})
+        raise TraceError(
+            f"{given} matches no prunable layer. Prunable layers: {', '.join(names[:20])}"
+            + (", ..." if len(names) > 20 else "")
+        )
+    return matched
+
+
 def protected_channels(
     graph: ChannelGraph, include: Patterns = None, exclude: Patterns = None, prune_streams: bool = False
 ) -> Mask:
@@ -64,12 +76,7 @@ def protected_channels(
     included, excluded = _as_list(include), _as_list(exclude)
     for argument, patterns in (("include", included), ("exclude", excluded)):
         for pattern in patterns:
-            if not any(_matches(pattern, name) for group in graph.groups for name in _names(group)):
-                names = sorted({name for group in graph.groups for name in _names(group)})
-                raise TraceError(
-                    f"{argument}={pattern!r} matches no prunable layer. Prunable layers: {', '.join(names[:20])}"
-                    + (", ..." if len(names) > 20 else "")
-                )
+            _matching(graph, pattern, f"{argument}={pattern!r}")
     protected = np.ones(graph.num_channels, dtype=bool)
     for group in graph.groups:
         chosen = any(_matches(p, n) for p in included for n in _names(group))
@@ -131,12 +138,6 @@ def fixed_shares(graph: ChannelGraph, ratios: Mapping[str, float] | None) -> npt
     """
     shares = np.ones(graph.num_channels)
     for pattern, ratio in (ratios or {}).items():
-        matched = [g for g in graph.groups if any(_matches(pattern, name) for name in _names(g))]
-        if not matched:
-            names = sorted({name for group in graph.groups for name in _names(group)})
-            raise TraceError(
-                f"ratios: {pattern!r} matches no prunable layer. Prunable layers: {', '.join(names[:20])}"
-            )
-        for group in matched:
+        for group in _matching(graph, pattern, f"ratios: {pattern!r}"):
             shares[group.ids] = ratio
     return shares

@@ -92,11 +92,12 @@ def select_channels(
     order_within = np.concatenate([np.argsort(_ranked(values[g.ids]), kind="stable") for g in graph.groups])
     while (now := cost.cost(mask)) > limit:
         candidates = np.flatnonzero(mask & ~floor)
-        price = np.maximum(cost.marginal(mask)[candidates], 1e-12)
+        marginal = cost.marginal(mask)
+        price = np.maximum(marginal[candidates], 1e-12)
         score = values[candidates] / price**cost_aware if cost_aware else values[candidates]
         # ties (and the discarded channels at the bottom) go by rank within their group
         order = candidates[np.lexsort((-order_within[candidates], score))]
-        savings = np.cumsum(np.maximum(cost.marginal(mask)[order], 0.0))
+        savings = np.cumsum(np.maximum(marginal[order], 0.0))
         chunk = int(np.searchsorted(savings, max((now - limit) * 0.25, 0.0))) + 1
         mask[order[:chunk]] = False
     mask = _round_down(graph, values, mask, floor, round_to)

@@ -80,9 +80,6 @@ class Gates(ABC):
         """What each channel is multiplied by in a forward call, shape [num_channels]."""
         return torch.ones_like(self.trainable, dtype=torch.float32)
 
-    def observe(self) -> None:
-        """Read the model's gradients, complete and unscaled, before the gates step."""
-
     @abstractmethod
     def saliency(self) -> Tensor:
         """How much each channel matters, shape [num_channels], larger is more."""
@@ -124,7 +121,6 @@ class Gates(ABC):
     @torch.no_grad()
     def update(self, strength: Tensor) -> None:
         """One step on the accumulated gradients, then the penalty. Dead and untrainable channels do not move."""
-        self.observe()
         moving = self.trainable & ~self.dead
         before = [p.detach().clone() for p in self.parameters()]
         if self.optimizer is not None and all(p.grad is not None for p in self.parameters()):
