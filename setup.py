@@ -50,7 +50,13 @@ def compiler() -> str | None:
 
 def find_cuda(torch) -> str | None:
     """nvcc, when the installed torch has CUDA and the toolkit's major version is the one torch was built with."""
-    nvcc = shutil.which("nvcc") or (shutil.which("/usr/local/cuda/bin/nvcc"))
+    homes = [
+        os.environ.get("CUDA_HOME"),
+        "/usr/local/cuda",
+        *Path(torch.__file__).parents[1].glob("nvidia/cu*"),
+    ]
+    places = ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    nvcc = next(filter(None, map(shutil.which, places)), None)
     if torch.version.cuda is None or nvcc is None or os.environ.get("LIGHTNING_PRUNE_CUDA") == "0":
         return None
     release = (
