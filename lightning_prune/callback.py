@@ -68,8 +68,9 @@ class ChannelPruning(pl.Callback):
         patience: epochs without improvement that make a plateau.
         example_inputs: what ``forward`` takes; by default ``example_input_array`` or the first training samples.
         compact_on_fit_end: build ``compact_model`` when the fit ends.
-        dead_channel_skipping: convolutions leave dead channels out while the network trains, where that is measured to
-            be faster (see :class:`lightning_prune.skipping.DeadChannelSkipper`); the same numbers up to rounding.
+        dead_channel_skipping: convolutions take the compiled kernels while the network trains, without their dead
+            channels and by Winograd, where that is measured to be faster (see
+            :class:`lightning_prune.skipping.DeadChannelSkipper`); the same numbers up to rounding.
         seed: for ``method="random"``.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Convolutions that do not compute dead channels, while a network trains.
+"""Convolutions by faster kernels while a network trains: Winograd where it fits, and without dead channels.
 
 A dead channel's weights are zero, so leaving it out gives the same numbers. The parameters keep their full size: only the
 call of the convolution changes, during the module's own forward, on top of whatever shadows its weight there (gates).
@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
 from .channels.groups import ChannelGraph, Mask
@@ -23,14 +25,25 @@ from .ops.availability import can_run_masked_conv2d, extension_available
 
 #: smaller convolutions (multiply-accumulates of one dense forward call) are left alone
 LEAST_MACS = 1_000_000
-#: skipping must be so much faster to be used
+#: the compiled kernel must be so much faster to be used
 MARGIN = 1.03
 _ROUNDS = 2
 
 
+class Choice(NamedTuple):
+    """Which parts of a convolution the compiled kernel computes; the vendor's library does the others."""
+
+    forward: bool
+    grad_x: bool
+    grad_weight: bool
+
+
+_PLAIN = Choice(False, False, False)
+
+
 @dataclass
 class _Layer:
-    """A convolution whose rows or columns belong to channels, and what is dead of it at present.
+    """A convolution and what is dead of it at present.
 
     Attributes:
         module: the convolution.
@@ -38,7 +51,7 @@ class _Layer:
         padding: two integers.
         live_in: int64 inputs that live, None for all; likewise ``live_out``.
         share: of the multiply-accumulates that live.
-        verdicts: kind of call -> decile of ``share`` at which it was measured, and whether skipping won.
+        verdicts: kind of call -> decile of ``share`` at which it was measured, and what came out.
     """
 
     module: nn.Conv2d
@@ -48,7 +61,7 @@ class _Layer:
     live_in: Tensor | None = None
     live_out: Tensor | None = None
     share: float = 1.0
-    verdicts: dict[tuple[Any, ...], tuple[int, bool]] = field(default_factory=dict)
+    verdicts: dict[tuple[Any, ...], tuple[int, Choice]] = field(default_factory=dict)
 
     def set_mask(self, mask: Mask) -> None:
         """Take up which channels live, bool of shape [num_channels]."""
@@ -71,10 +84,12 @@ class _MaskedConv(torch.autograd.Function):
     """``masked_conv2d`` whose second derivative, where one is asked for, is that of the plain convolution."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, choice: Choice
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.live, ctx.settings = (layer.live_in, layer.live_out), layer.settings
-        return _forward(x, weight, bias, ctx.live, ctx.settings)
+        ctx.live, ctx.settings, ctx.choice = (layer.live_in, layer.live_out), layer.settings, choice
+        return _forward(x, weight, bias, ctx.live, ctx.settings, choice.forward)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,12 +100,22 @@ class _MaskedConv(torch.autograd.Function):
             stride, padding, dilation, groups = ctx.settings
             y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
             found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
-            return (*(next(found) if need else None for need in needs), None)
-        grads = _backward(grad, x, weight, bias, ctx.live, ctx.settings, needs)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
+            return (*(next(found) if need else None for need in needs), None, None)
+        arguments = (grad, x, weight, bias, ctx.live, ctx.settings)
+        if ctx.choice.grad_x == ctx.choice.grad_weight:
+            grads = _backward(*arguments, needs, ctx.choice.grad_x)
+        else:
+            grad_x = _backward(*arguments, (needs[0], False, False), ctx.choice.grad_x)[0]
+            grads = (grad_x, *_backward(*arguments, (False, *needs[1:]), ctx.choice.grad_weight)[1:])
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, live: Any, settings: Any) -> Tensor:
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, live: Any, settings: Any, compiled: bool = True
+) -> Tensor:
+    if not compiled:
+        stride, padding, dilation, groups = settings
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     result: Tensor = torch.ops.lightning_prune.masked_conv2d(x, weight, bias, None, *live, *settings, "none")
     return result
 
@@ -103,7 +128,17 @@ def _backward(
     live: Any,
     settings: Any,
     needs: tuple[bool, ...],
+    compiled: bool = True,
 ) -> tuple[Tensor, ...]:
+    if not any(needs):
+        return grad, grad, grad  # read by nobody
+    if not compiled:
+        stride, padding, dilation, groups = settings
+        sizes = None if bias is None else list(bias.shape)
+        plain: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+            grad, x, weight, sizes, stride, padding, dilation, False, [0, 0], groups, list(needs)
+        )
+        return plain
     grads: tuple[Tensor, ...] = torch.ops.lightning_prune.masked_conv2d_backward(
         grad, None, x, weight, bias, None, *live, *settings, "none", *needs, False
     )
@@ -111,50 +146,45 @@ def _backward(
 
 
 class DeadChannelSkipper:
-    """Runs convolutions over live channels only, where that is measured to be faster.
+    """Runs convolutions by the compiled kernels, over live channels only, where that is measured to be faster.
 
-    While channels are dead, two hooks on each convolution that has some exchange its inner call for ``masked_conv2d``. The
-    first batch after a tenth of a layer's work has died is computed both ways, forward and backward, until skipping wins:
-    from then on it is used, since it only becomes cheaper. The plain call remains under autocast, in ``torch.compile``,
-    for dtypes that the kernel does not take, with ``torch.use_deterministic_algorithms`` (the choice depends on the
-    clock, and rounding on the choice), and without the compiled extension.
+    Two hooks on each convolution exchange its inner call for ``masked_conv2d``: Winograd for 3x3 at stride 1 in float32,
+    and only over live channels once some are dead. The first batch, and the first after a tenth of a layer's work has died,
+    is computed both ways: forward, gradient of the input and gradient of the weight are chosen separately. What has won
+    once stays, since it only becomes cheaper. The plain call remains in evaluation while nothing is dead, under autocast, in
+    ``torch.compile``, under a dispatch mode (flop counters), for dtypes that the kernel does not take, with
+    ``torch.use_deterministic_algorithms`` (the choice depends on the clock, and rounding on the choice), and without the
+    compiled extension.
 
     Args:
-        model: on its device; gets hooks, loses them in :meth:`detach`.
+        model: on its device; has hooks from now on, loses them in :meth:`detach`.
         graph: its traced channels.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
         self._layers = _layers(model, graph) if extension_available() else []
         self._handles: dict[nn.Module, list[RemovableHandle]] = {}
+        for layer in self._layers:
+            self._handles[layer.module] = [
+                layer.module.register_forward_pre_hook(_Exchange(layer)),
+                layer.module.register_forward_hook(_Restore(), always_call=True),
+            ]
 
     def set_mask(self, mask: Mask) -> None:
         """Skip the channels where ``mask`` (bool, shape [num_channels]) is False; their weights must be zero."""
         for layer in self._layers:
             layer.set_mask(mask)
-            attached = layer.module in self._handles
-            if layer.share < 1.0 and not attached:
-                hook = _Exchange(layer)
-                self._handles[layer.module] = [
-                    layer.module.register_forward_pre_hook(hook),
-                    layer.module.register_forward_hook(_Restore(), always_call=True),
-                ]
-            elif layer.share == 1.0 and attached:
-                self._detach(layer.module)
 
     def skipping(self) -> list[nn.Conv2d]:
-        """Convolutions for which skipping has been measured to be faster."""
-        return [layer.module for layer in self._layers if any(won for _, won in layer.verdicts.values())]
+        """Convolutions of which some part has been measured to be faster by the compiled kernel."""
+        return [layer.module for layer in self._layers if any(any(c) for _, c in layer.verdicts.values())]
 
     def detach(self) -> None:
         """Remove the hooks; the model is exactly as it was."""
         for module in list(self._handles):
-            self._detach(module)
-
-    def _detach(self, module: nn.Module) -> None:
-        for handle in self._handles.pop(module):
-            handle.remove()
-        module.__dict__.pop("_conv_forward", None)
+            for handle in self._handles.pop(module):
+                handle.remove()
+            module.__dict__.pop("_conv_forward", None)
 
 
 def _nothing(*unused: Any, **unused_too: Any) -> None:
@@ -202,7 +232,15 @@ def _allowed(layer: _Layer, x: Any) -> bool:
         return False
     if torch.are_deterministic_algorithms_enabled() or torch.jit.is_tracing():
         return False
+    if (
+        _get_current_dispatch_mode() is not None
+    ):  # somebody watches the operators: the comparison is not theirs
+        return False
     conv = layer.module
+    if (
+        layer.share == 1.0 and not conv.training
+    ):  # the dense network is validated and timed as the user wrote it
+        return False
     outputs = x.shape[0] * x.shape[2] * x.shape[3] * conv.weight.numel() // (conv.stride[0] * conv.stride[1])
     return outputs >= LEAST_MACS and can_run_masked_conv2d(x, conv.weight).ok
 
@@ -214,12 +252,13 @@ def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         x = x.contiguous(memory_format=torch.channels_last)
     key = (tuple(x.shape), x.dtype, needs, last)
     decile = int(layer.share * 10)
-    measured, won = layer.verdicts.get(key, (11, False))
-    if not won and decile < measured:
-        won = _faster(layer, x.detach(), weight.detach(), None if bias is None else bias.detach(), needs)
-        layer.verdicts[key] = (decile, won)
-    if won:
-        result: Tensor = _MaskedConv.apply(x, weight, bias, layer)
+    measured, choice = layer.verdicts.get(key, (11, _PLAIN))
+    if not all(choice) and decile < measured:
+        found = _measure(layer, x.detach(), weight.detach(), None if bias is None else bias.detach(), needs)
+        choice = Choice(*(old or new for old, new in zip(choice, found, strict=True)))
+        layer.verdicts[key] = (decile, choice)
+    if any(choice):
+        result: Tensor = _MaskedConv.apply(x, weight, bias, layer, choice)
         return result.contiguous(memory_format=torch.channels_last) if last else result
     return type(layer.module)._conv_forward(layer.module, x, weight, bias)
 
@@ -229,37 +268,35 @@ def _channels_last(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _faster(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]) -> bool:
-    """Time both ways on this batch, without autograd (nothing is recorded, no hook of the user's sees it)."""
-    settings, live = layer.settings, (layer.live_in, layer.live_out)
-    stride, padding, dilation, groups = settings
+def _measure(
+    layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
+) -> Choice:
+    """Time each part both ways on this batch, without autograd (nothing is recorded, no hook of the user's sees it)."""
+    arguments = (x, weight, bias, (layer.live_in, layer.live_out), layer.settings)
+    y = _forward(*arguments)
+    parts: list[Callable[[bool], Any] | None] = [lambda compiled: _forward(*arguments, compiled)]
+    for part in ((needs[0], False, False), (False, *needs[1:])):
+        run = partial(_backward, y, *arguments, part)
+        parts.append(run if any(part) else None)
+    # What nobody asks for counts as won: it is never computed and need not be measured again.
+    return Choice(*(run is None or _faster(run, x.device) for run in parts))
 
-    def plain() -> None:
-        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        if any(needs):
-            sizes = None if bias is None else list(bias.shape)
-            torch.ops.aten.convolution_backward(
-                y, x, weight, sizes, stride, padding, dilation, False, [0, 0], groups, list(needs)
-            )
 
-    def skipping() -> None:
-        y = _forward(x, weight, bias, live, settings)
-        if any(needs):
-            _backward(y, x, weight, bias, live, settings, needs)
-
+def _faster(run: Callable[[bool], Any], device: torch.device) -> bool:
+    """Whether ``run(True)`` takes less time than ``run(False)``."""
     seconds: list[list[float]] = [[], []]
     for _ in range(1 + _ROUNDS):  # the first round warms up
-        for call, taken in zip((plain, skipping), seconds, strict=True):
+        for compiled in (False, True):
             start = time.perf_counter()
-            call()
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-            taken.append(time.perf_counter() - start)
+            run(compiled)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[compiled].append(time.perf_counter() - start)
     return min(seconds[1][1:]) * MARGIN < min(seconds[0][1:])
 
 
 def _layers(model: nn.Module, graph: ChannelGraph) -> list[_Layer]:
-    """Every plain convolution whose rows or columns belong to channels."""
+    """Every plain convolution, with the channels of its rows and columns."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = []
     for module in model.modules():
@@ -270,7 +307,8 @@ def _layers(model: nn.Module, graph: ChannelGraph) -> list[_Layer]:
         except ValueError:
             continue
         name = names[id(module.weight)]
+        if name not in graph.tensors:
+            continue
         rows, columns = graph.positions(name, 0), graph.positions(name, 1)
-        if (rows >= 0).any() or (columns >= 0).any():
-            found.append(_Layer(module, rows, np.tile(columns, module.groups), padding))
+        found.append(_Layer(module, rows, np.tile(columns, module.groups), padding))
     return found

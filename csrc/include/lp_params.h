@@ -14,6 +14,9 @@ namespace lp {
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4, gelu = 5, sigmoid = 6 };
 
+// How a trainable convolution is computed where more than one way fits; `automatic` decides by shape.
+enum class Algorithm : int { automatic = 0, direct = 1, winograd2 = 2, winograd4 = 3 };
+
 // Geometry of one convolution. `channels`/`outputs` are those of the full (unrestricted) weight.
 struct ConvShape {
   int64_t n, channels, height, width;
@@ -86,6 +89,7 @@ struct MaskedForward {
   const void* gate;
   IndexList live_in, live_out;
   Act act;
+  Algorithm algorithm;
 };
 
 // `saved` is the forward output (none, relu, relu6, sigmoid) or the value before the activation (the others).
@@ -101,6 +105,7 @@ struct MaskedBackward {
   void* grad_weight;  // contiguous
   void* grad_bias;
   void* grad_gate;
+  Algorithm algorithm;
 };
 
 // act(scatter(conv + bias) + residual). `dtype` is that of x, residual, y; packed/bias are float32 (float64 for f64).

@@ -129,7 +129,7 @@ ConvShape conv_shape(const char* op, const Tensor& x, const Sizes& weight, const
 }
 
 namespace {
-constexpr size_t kWorkspaceLimit = size_t(32) << 20;
+constexpr size_t kWorkspaceLimit = size_t(64) << 20;
 struct Workspace {
   std::unique_ptr<char[]> memory;
   size_t size = 0, wanted = 0;

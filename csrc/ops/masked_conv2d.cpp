@@ -11,12 +11,20 @@ struct Arguments {
   std::optional<Tensor> bias, gate, live_in, live_out;
   DType dtype;
   Act act;
+  Algorithm algorithm;
 };
+
+Algorithm parse_algorithm(const char* op, const std::string& name) {
+  static const char* const names[] = {"auto", "direct", "winograd2", "winograd4"};
+  for (int i = 0; i < 4; ++i)
+    if (name == names[i]) return Algorithm(i);
+  fail(op, ": algorithm must be one of auto, direct, winograd2, winograd4; got '", name, "'");
+}
 
 Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                 const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in, const std::optional<Tensor>& live_out,
-                const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
-                const std::string& activation) {
+                const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups, const std::string& activation,
+                const std::string& algorithm) {
   if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)
     fail(op, ": x must be float32 or float64; got ", dtype_name(x.scalar_type()), " (cast with x.float())");
   if (weight.scalar_type() != x.scalar_type())
@@ -32,6 +40,7 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std
   if (live_out) a.live_out = index_argument(op, "live_out", *live_out, a.shape.outputs, Order::sorted, x);
   a.dtype = x.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
   a.act = parse_activation(op, activation);
+  a.algorithm = parse_algorithm(op, algorithm);
   return a;
 }
 
@@ -43,16 +52,16 @@ IndexList list_of(const std::optional<Tensor>& index, int64_t channels) {
 Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in,
                      const std::optional<Tensor>& live_out, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                     int64_t groups, const std::string& activation) {
-  const Arguments a =
-      check("masked_conv2d", x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups, activation);
+                     int64_t groups, const std::string& activation, const std::string& algorithm) {
+  const Arguments a = check("masked_conv2d", x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups,
+                            activation, algorithm);
   const ConvShape& s = a.shape;
   Tensor y = new_output(x, {s.n, s.outputs, s.out_h, s.out_w});
   const IndexList out = list_of(a.live_out, s.outputs);
   if (out.count < s.outputs) torch::stable::zero_(y);
   const MaskedForward f{
       s,   a.dtype, view_of(x), view_of(y), view_of(weight), data_of(a.bias), data_of(a.gate), list_of(a.live_in, s.channels),
-      out, a.act};
+      out, a.act,   a.algorithm};
   Scratch scratch(x);
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -67,9 +76,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     const Tensor& grad_y, const std::optional<Tensor>& saved, const Tensor& x, const Tensor& weight,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in,
     const std::optional<Tensor>& live_out, const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
-    const std::string& activation, bool need_x, bool need_weight, bool need_bias, bool need_gate) {
+    const std::string& activation, bool need_x, bool need_weight, bool need_bias, bool need_gate,
+    const std::string& algorithm) {
   const char* op = "masked_conv2d_backward";
-  const Arguments a = check(op, x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups, activation);
+  const Arguments a =
+      check(op, x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups, activation, algorithm);
   const ConvShape& s = a.shape;
   const Sizes out_shape{s.n, s.outputs, s.out_h, s.out_w};
   const auto check_output = [&](const char* name, const Tensor& t) {
@@ -84,7 +95,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   if (need_bias && !bias) fail(op, ": need_bias is set but bias is None");
   if (need_gate && !gate) fail(op, ": need_gate is set but gate is None");
   Tensor grad_x = new_output(x, need_x ? Sizes{s.n, s.channels, s.height, s.width} : Sizes{0, 0, 0, 0});
-  if (need_x) torch::stable::zero_(grad_x);
+  const bool all_written = s.stride_h == 1 && s.stride_w == 1 && s.dil_h == 1 && s.dil_w == 1 && !a.live_in &&
+                           (!a.live_out || a.live_out->size(0) == s.outputs) && s.outputs > 0 && s.groups == 1;
+  if (need_x && !all_written) torch::stable::zero_(grad_x);
   const auto wsizes = weight.sizes();
   Tensor grad_weight = zeros_on(x, need_weight ? Sizes(wsizes.data(), wsizes.data() + 4) : Sizes{0, 0, 0, 0});
   Tensor grad_bias = zeros_on(x, {need_bias ? s.outputs : 0});
@@ -101,6 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   f.live_in = list_of(a.live_in, s.channels);
   f.live_out = list_of(a.live_out, s.outputs);
   f.act = a.act;
+  f.algorithm = a.algorithm;
   if (need_x) f.grad_x = view_of(grad_x);
   if (need_weight) f.grad_weight = grad_weight.data_ptr();
   if (need_bias) f.grad_bias = grad_bias.data_ptr();
@@ -120,11 +134,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
   m.def(
       "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? live_in, Tensor? live_out, "
-      "int[2] stride, int[2] padding, int[2] dilation, int groups, str activation) -> Tensor");
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, str activation, str algorithm=\"auto\") -> Tensor");
   m.def(
       "masked_conv2d_backward(Tensor grad_y, Tensor? saved, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, "
       "Tensor? live_in, Tensor? live_out, int[2] stride, int[2] padding, int[2] dilation, int groups, str activation, "
-      "bool need_x, bool need_weight, bool need_bias, bool need_gate) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool need_x, bool need_weight, bool need_bias, bool need_gate, str algorithm=\"auto\") -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) {

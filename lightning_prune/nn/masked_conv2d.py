@@ -20,6 +20,7 @@ class MaskedConv2d(nn.Conv2d):
     Args:
         *args: as for ``nn.Conv2d``; ``padding_mode`` must be zeros.
         activation: none, relu, relu6, silu, hardswish, gelu, sigmoid or the torch module; fused.
+        exact: never use Winograd convolution, whose rounding errors differ from those of the plain sum.
         **kwargs: as for ``nn.Conv2d``.
 
     Raises:
@@ -30,8 +31,13 @@ class MaskedConv2d(nn.Conv2d):
     live_in: Tensor | None
     live_out: Tensor | None
 
-    def __init__(self, *args: Any, activation: str | nn.Module | None = None, **kwargs: Any) -> None:
+    exact: bool = False
+
+    def __init__(
+        self, *args: Any, activation: str | nn.Module | None = None, exact: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.exact = exact
         self._prepare(activation)
 
     def _prepare(self, activation: str | nn.Module | None) -> None:
@@ -107,6 +113,7 @@ class MaskedConv2d(nn.Conv2d):
             self.dilation,
             self.groups,
             self.activation,
+            self.exact,
         )
 
     def extra_repr(self) -> str:

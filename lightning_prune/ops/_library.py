@@ -51,6 +51,7 @@ def _masked_conv2d_fake(
     dilation: list[int],
     groups: int,
     activation: str,
+    algorithm: str = "auto",
 ) -> Tensor:
     height, width = _spatial(x, weight.shape[2:], stride, padding, dilation)
     return new_output(x, (x.shape[0], weight.shape[0], height, width))
@@ -74,6 +75,7 @@ def _masked_conv2d_backward_fake(
     need_weight: bool,
     need_bias: bool,
     need_gate: bool,
+    algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = weight.shape[0]
     return (
@@ -114,22 +116,22 @@ def _compact_conv2d_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, gate, live_in, live_out, *settings = inputs
     ctx.settings = settings
-    saved = output if settings[-1] in DERIVATIVE_FROM_OUTPUT else None
+    saved = output if settings[-2] in DERIVATIVE_FROM_OUTPUT else None
     ctx.save_for_backward(x, weight, bias, gate, live_in, live_out, saved)
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     x, weight, bias, gate, live_in, live_out, saved = ctx.saved_tensors
-    *settings, activation = ctx.settings
+    *settings, activation, algorithm = ctx.settings
     op = torch.ops.lightning_prune
     if activation != "none" and saved is None:
         # Recomputing the value before the activation is cheaper in memory than keeping a second activation map.
-        saved = op.masked_conv2d(x, weight, bias, gate, live_in, live_out, *settings, "none")
+        saved = op.masked_conv2d(x, weight, bias, gate, live_in, live_out, *settings, "none", algorithm)
     needs = [ctx.needs_input_grad[i] for i in range(4)]
     grads = op.masked_conv2d_backward(
-        grad_y, saved, x, weight, bias, gate, live_in, live_out, *settings, activation, *needs
+        grad_y, saved, x, weight, bias, gate, live_in, live_out, *settings, activation, *needs, algorithm
     )
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *([None] * 7))
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *([None] * 8))
 
 
 def _no_second_order(ctx: Any, *grads: Tensor) -> Any:

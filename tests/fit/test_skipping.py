@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -44,14 +45,14 @@ X = torch.randn(4, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().m
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Skipping wins every comparison, at any size; the names of the calls that were compared."""
+    """The compiled kernel wins every comparison, at any size; the shapes of the weights that were compared."""
     compared: list[str] = []
 
-    def faster(layer: Any, *args: Any) -> bool:
+    def measure(layer: Any, *args: Any) -> skipping.Choice:
         compared.append(str(tuple(layer.module.weight.shape)))
-        return True
+        return skipping.Choice(True, True, True)
 
-    monkeypatch.setattr(skipping, "_faster", faster)
+    monkeypatch.setattr(skipping, "_measure", measure)
     monkeypatch.setattr(skipping, "LEAST_MACS", 0)
     return compared
 
@@ -161,14 +162,28 @@ def test_nothing_is_left_behind(always: list[str]) -> None:
     assert all(not module._forward_hooks_always_called for module in model.modules())
 
 
-def test_hooks_only_where_something_is_dead(always: list[str]) -> None:
+@pytest.mark.parametrize("choice", list(itertools.product([False, True], repeat=3)))
+def test_each_part_may_be_either(choice: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     model, skipper, mask = masked()
-    skipper.set_mask(np.ones_like(mask))
-    assert not any(module._forward_hooks for module in model.modules())
+    twin = copy.deepcopy(model)
+    monkeypatch.setattr(skipping, "_measure", lambda *a: skipping.Choice(*choice))
+    monkeypatch.setattr(skipping, "LEAST_MACS", 0)
+    assert_same(step(model, X), step(twin, X))  # all channels are computed
     skipper.set_mask(mask)
-    assert all(m._forward_hooks for m in model.modules() if isinstance(m, nn.Conv2d))
-    skipper.set_mask(np.ones_like(mask))
-    assert not any(module._forward_hooks for module in model.modules())
+    assert_same(step(model, X), step(twin, X), dead_weights(model))
+
+
+def test_winograd_trains_a_dense_network() -> None:
+    """3x3 convolutions of 64 channels: Winograd does a quarter of the multiplications, in forward and backward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
+    model.to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    twin = copy.deepcopy(model)
+    skipper = DeadChannelSkipper(model, trace_channels(model, x))
+    found, expected = step(model, x), step(twin, x)
+    assert model[2] in skipper.skipping()
+    assert_same(found, expected, tolerance=2e-4)
 
 
 def test_plain_under_autocast_compile_and_deterministic_algorithms(always: list[str]) -> None:
@@ -201,7 +216,9 @@ def test_compared_per_decile_until_it_wins(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(skipping, "LEAST_MACS", 0)
     shares: list[float] = []
     monkeypatch.setattr(
-        skipping, "_faster", lambda layer, *a: shares.append(layer.share) or layer.share < 0.7
+        skipping,
+        "_measure",
+        lambda layer, *a: shares.append(layer.share) or skipping.Choice(*[layer.share < 0.7] * 3),
     )
     mask = np.ones(graph.num_channels, dtype=bool)
     for dead in range(40):
@@ -209,7 +226,7 @@ def test_compared_per_decile_until_it_wins(monkeypatch: pytest.MonkeyPatch) -> N
         skipper.set_mask(mask)
         model(X)
     # both layers have the same share; compared at the first of each decile until it is below 0.7
-    assert shares == [s for s in (39 / 40, 35 / 40, 31 / 40, 27 / 40) for _ in range(2)]
+    assert shares == [s for s in (1, 39 / 40, 35 / 40, 31 / 40, 27 / 40) for _ in range(2)]
     assert len(skipper.skipping()) == 2
 
 

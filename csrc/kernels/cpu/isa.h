@@ -30,6 +30,7 @@ namespace LP_ISA {
 #include "conv.h"
 #include "winograd.h"
 #include "weight_grad.h"
+#include "winograd_training.h"
 // clang-format on
 }  // namespace LP_ISA
 }  // namespace
@@ -42,7 +43,9 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
       LP_ISA::depthwise,
       LP_ISA::residual_rows,
       {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
-      {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>}};
+      {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>},
+      LP_ISA::winograd_weight,
+      LP_ISA::winograd_weight_grad};
   return table;
 }
 

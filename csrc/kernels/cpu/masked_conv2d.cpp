@@ -4,6 +4,8 @@
 namespace lp {
 namespace {
 
+constexpr int64_t kLeastWinogradChannels = 12;
+
 template <class T>
 T weight_at(const View& w, int64_t o, int64_t c, int64_t kh, int64_t kw) {
   return static_cast<const T*>(w.data)[o * w.n + c * w.c + kh * w.h + kw * w.w];
@@ -160,6 +162,44 @@ void pack_panels(TapConv& p, const Env& env, const ConvShape& s, const View& w, 
   p.weight_begin = begin;
 }
 
+// Side of the Winograd tile for a map of this size, 0 for the direct kernel. Transforms pay from a dozen channels and a few
+// tiles up; the 2x2 tile where the 4x4 one would compute as many products for pixels that do not exist.
+int winograd_tile(Algorithm algorithm, DType dtype, const ConvShape& s, int64_t inputs, int64_t outputs, int64_t rows,
+                  int64_t cols) {
+  const bool fits = dtype == DType::f32 && s.groups == 1 && s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+                    s.dil_h == 1 && s.dil_w == 1 && inputs > 0 && outputs > 0 && s.n * rows * cols > 0;
+  if (!fits || algorithm == Algorithm::direct) return 0;
+  if (algorithm != Algorithm::automatic) return algorithm == Algorithm::winograd2 ? 2 : 4;
+  const int64_t four = (rows + 3) / 4 * ((cols + 3) / 4), two = (rows + 1) / 2 * ((cols + 1) / 2);
+  if (std::min(inputs, outputs) < kLeastWinogradChannels || s.n * two < 16) return 0;
+  return 16 * two <= 36 * four ? 2 : 4;
+}
+
+// As pack_panels, but transformed; one group.
+void pack_transformed(TapConv& p, const Env& env, const ConvShape& s, const View& w, const Taps& taps, const ChannelLists& ins,
+                      const ChannelLists& outs, bool flip, const float* gate, int tile) {
+  int64_t* in_at = scratch<int64_t>(env, ins.count());
+  int64_t* out_at = scratch<int64_t>(env, outs.count());
+  for (int64_t i = 0; i < ins.count(); ++i) in_at[i] = ins.ids[i] * w.c;
+  float* scale = flip && gate ? scratch<float>(env, outs.count()) : nullptr;
+  for (int64_t i = 0; i < outs.count(); ++i) {
+    out_at[i] = outs.ids[i] * w.n;
+    if (scale) scale[i] = gate[outs.ids[i]];
+  }
+  const int64_t lanes = flip ? ins.count() : outs.count(), reds = flip ? outs.count() : ins.count();
+  float* packed = scratch<float>(env, packed_width(lanes) * reds * (tile + 2) * (tile + 2));
+  const WinogradWeight job{static_cast<const float*>(w.data),
+                           flip ? in_at : out_at,
+                           lanes,
+                           flip ? out_at : in_at,
+                           reds,
+                           scale,
+                           tap_offsets(env, w, taps),
+                           packed};
+  level().winograd_weight(job, tile, env);
+  p.weight = packed;
+}
+
 template <class T>
 void forward(const MaskedForward& f, const Env& env) {
   const Taps taps = forward_taps(env, f.shape);
@@ -186,6 +226,13 @@ void forward(const MaskedForward& f, const Env& env) {
   p.scale = a.scale;
   p.shift = a.shift;
   use_lists(p, ins, outs);
+  if constexpr (std::is_same_v<T, float>) {
+    const int tile = winograd_tile(f.algorithm, f.dtype, f.shape, ins.count(), outs.count(), p.rows, p.cols);
+    if (tile > 0) {
+      pack_transformed(p, env, f.shape, f.weight, taps, ins, outs, false, nullptr, tile);
+      return level().winograd(p, tile, env);
+    }
+  }
   pack_panels<T>(p, env, f.shape, f.weight, taps, ins, outs, false, nullptr);
   run_conv(f.dtype, p, env);
 }
@@ -230,6 +277,14 @@ void input_grad(const MaskedBackward& f, const View& grad, const ChannelLists& i
       p.out = View{static_cast<T*>(gx.data) + a * gx.h + b * gx.w, gx.n, gx.c, gx.h * s.stride_h, gx.w * s.stride_w};
       if (taps.count == 0) continue;  // grad_x is already zero
       use_lists(p, grad_ids, ins);
+      if constexpr (std::is_same_v<T, float>) {
+        const int tile = winograd_tile(f.algorithm, f.dtype, s, ins.count(), outs.count(), p.rows, p.cols);
+        if (tile > 0 && !depthwise) {
+          pack_transformed(p, env, s, f.weight, taps, ins, outs, true, static_cast<const float*>(f.gate), tile);
+          level().winograd(p, tile, env);
+          continue;
+        }
+      }
       if (depthwise)
         pack_depthwise<T>(p, env, f.weight, taps, outs, static_cast<const T*>(f.gate));
       else
@@ -293,8 +348,19 @@ void weight_grad(const MaskedBackward& f, const View& grad, const ChannelLists& 
     at += (outs.size(g) + kPanel - 1) / kPanel * kPanel;
   }
   w.partial_begin = begin;
+  w.wants_sums = f.grad_bias || f.grad_gate;
   w.sum_begin = sums;
   w.partial_size = at;
+  const int tile = std::is_same_v<T, float>
+                       ? winograd_tile(f.algorithm, f.dtype, f.shape, ins.count(), outs.count(), f.shape.out_h, f.shape.out_w)
+                       : 0;
+  if (tile > 0 && !depthwise) {
+    w.parts = 1;
+    w.partial = scratch<T>(env, at);
+    level().winograd_weight_grad(w, tile, env);
+    if (!w.wants_sums) std::memset(static_cast<T*>(w.partial) + sums[0], 0, size_t(at - sums[0]) * sizeof(T));
+    return finish_weight_grad<T>(f, w, ins, outs);
+  }
   const int64_t limit = (int64_t(256) << 20) / int64_t(sizeof(T));  // bounds the partial sums on many-core machines
   w.parts = int(std::max<int64_t>(1, std::min<int64_t>(env.threads, limit / at)));
   w.partial = scratch<T>(env, at * w.parts);

@@ -36,6 +36,19 @@ struct TapWeightGrad {
   const int64_t* partial_begin;
   const int64_t* sum_begin;
   int parts;
+  bool wants_sums;  // of grad; the direct kernel always writes them
+};
+
+// A 3x3 weight to be transformed for Winograd: panels of lanes, as packed_offset lays them out with (tile + 2)^2 taps.
+struct WinogradWeight {
+  const float* weight;
+  const int64_t* lane_at;  // element offset of each lane
+  int64_t lanes;
+  const int64_t* red_at;  // element offset of each reduced channel
+  int64_t reds;
+  const float* red_scale;  // or nullptr
+  const int64_t* tap_at;   // nine, row-major in the order of the taps' offsets
+  float* out;
 };
 
 // grad_v[pixel][i] = grad_y * act'(saved) for the listed channels, channels-last and compact.
@@ -56,6 +69,8 @@ struct CpuKernels {
   bool (*residual_rows)(const TapConv&, int64_t channels, const Env&);  // float32: out = act(residual), if it can
   void (*weight_grad[2])(const TapWeightGrad&, const Env&);
   void (*act_grad[2])(const ActGrad&, const Env&);
+  void (*winograd_weight)(const WinogradWeight&, int tile, const Env&);
+  void (*winograd_weight_grad)(const TapWeightGrad&, int tile, const Env&);  // float32, one group, 3x3, stride 1, one part
 };
 
 const CpuKernels& cpu_kernels_portable();

@@ -1,0 +1,175 @@
+"""Winograd in the trainable convolution: forward and both gradients against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lightning_prune import ops
+from lightning_prune.nn import MaskedConv2d
+from lightning_prune.ops import reference
+from tests.ops.conv_cases import error
+
+OP = torch.ops.lightning_prune
+CHANNELS = st.sampled_from([1, 2, 7, 8, 9, 13, 16, 17, 31, 33, 40, 49])
+
+
+def on_cpu(target: torch.device) -> None:
+    if target.type == "cuda":
+        pytest.skip("Winograd is the CPU's")
+
+
+def live_channels(data: st.DataObject, count: int) -> torch.Tensor | None:
+    kind = data.draw(st.sampled_from(["all", "run", "some"]))
+    if kind == "all":
+        return None
+    if kind == "run":
+        return torch.arange(count // 3, count)
+    return torch.tensor(
+        sorted(data.draw(st.sets(st.integers(0, count - 1), max_size=count))), dtype=torch.int64
+    )
+
+
+@given(
+    data=st.data(),
+    algorithm=st.sampled_from(["winograd2", "winograd4"]),
+    batch=st.sampled_from([1, 2, 5, 33]),
+    inputs=CHANNELS,
+    outputs=CHANNELS,
+    size=st.tuples(st.integers(1, 11), st.integers(1, 11)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_forward_and_gradients_match_the_reference(
+    target: torch.device,
+    data: st.DataObject,
+    algorithm: str,
+    batch: int,
+    inputs: int,
+    outputs: int,
+    size: tuple[int, int],
+    padding: tuple[int, int],
+) -> None:
+    on_cpu(target)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    height, width = (max(s, 3 - 2 * p) for s, p in zip(size, padding, strict=True))
+    x = torch.randn(batch, inputs, height, width, generator=generator)
+    weight = torch.randn(outputs, inputs, 3, 3, generator=generator) / (3 * inputs**0.5)
+    if data.draw(st.booleans()):
+        x = x.to(memory_format=torch.channels_last)
+    if data.draw(st.booleans()):
+        weight = weight.to(memory_format=torch.channels_last)
+    bias, gate = (
+        torch.randn(outputs, generator=generator) if data.draw(st.booleans()) else None for _ in range(2)
+    )
+    live_in, live_out = live_channels(data, inputs), live_channels(data, outputs)
+    shared = ([1, 1], list(padding), [1, 1], 1)
+    own = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias, gate)]
+    wide = [t if t is None else t.double().requires_grad_() for t in (x, weight, bias, gate)]
+    y = OP.masked_conv2d(*own, live_in, live_out, *shared, "none", algorithm)
+    expected = reference.masked_conv2d(*wide, live_in, live_out, *shared)
+    assert error(y, expected) < 2e-5
+    grad = torch.randn(y.shape, generator=generator)
+    grads = torch.autograd.grad(y, [t for t in own if t is not None], grad)
+    exact = torch.autograd.grad(expected, [t for t in wide if t is not None], grad.double())
+    for found, wanted in zip(grads, exact, strict=True):
+        assert error(found, wanted) < 2e-5
+    for found, index, dim in ((grads[0], live_in, 1), (grads[1], live_out, 0), (grads[1], live_in, 1)):
+        if index is not None:
+            dead = [c for c in range(found.shape[dim]) if c not in index]
+            assert not found.index_select(dim, torch.tensor(dead, dtype=torch.int64)).any()
+
+
+def inputs_of(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    x = torch.randn(shape, generator=generator)
+    if kind == "offset":
+        return x + 100
+    if kind == "range":  # eight orders of magnitude between neighbouring values
+        return x * 10 ** (8 * torch.rand(shape, generator=generator) - 4)
+    if kind == "spikes":
+        return x + 1e4 * (torch.rand(shape, generator=generator) < 0.01)
+    if kind == "alternating":  # the sign pattern that the transforms amplify most
+        sign = torch.arange(shape[-1]) % 2 * 2 - 1
+        return torch.ones(shape) * sign * sign[:, None]
+    return x
+
+
+BOUND = {"direct": (5e-6, 5e-6), "winograd2": (2.5e-6, 5e-6), "winograd4": (5e-6, 5e-6)}
+
+
+@pytest.mark.parametrize("kind", ["normal", "offset", "range", "spikes", "alternating"])
+@pytest.mark.parametrize("algorithm", sorted(BOUND))
+def test_accuracy_is_what_the_docstring_states(target: torch.device, kind: str, algorithm: str) -> None:
+    on_cpu(target)
+    generator = torch.Generator().manual_seed(5)
+    for batch, channels, outputs, size in ((1, 400, 24, 14), (24, 24, 40, 16), (40, 16, 17, 7)):
+        x = inputs_of(kind, (batch, channels, size, size), generator)
+        grad = inputs_of(kind, (batch, outputs, size, size), generator)
+        weight = torch.randn(outputs, channels, 3, 3, generator=generator)
+        shared = ([1, 1], [1, 1], [1, 1], 1, "none")
+        y = OP.masked_conv2d(x, weight, None, None, None, None, *shared, algorithm)
+        grads = OP.masked_conv2d_backward(
+            grad, None, x, weight, None, None, None, None, *shared, True, True, False, False, algorithm
+        )
+        found = (y, *grads[:2])
+        for part, bound in zip(range(3), (BOUND[algorithm][0], *BOUND[algorithm]), strict=True):
+            wide = [t.double() for t in (x, weight, grad)]
+            exact, scale = exact_part(part, *wide), exact_part(part, *(t.abs() for t in wide)).max()
+            assert float((found[part].double() - exact).abs().max() / scale) < bound
+
+
+def exact_part(part: int, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    if part == 0:
+        return F.conv2d(x, weight, padding=1)
+    if part == 1:
+        return torch.nn.grad.conv2d_input(x.shape, weight, grad, padding=1)
+    return torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=1)
+
+
+def test_exact_never_takes_winograd(target: torch.device) -> None:
+    on_cpu(target)
+    x, weight = torch.randn(2, 32, 16, 16), torch.randn(32, 32, 3, 3)
+    shared = ([1, 1], [1, 1], [1, 1], 1, "none")
+    direct = OP.masked_conv2d(x, weight, None, None, None, None, *shared, "direct")
+    assert torch.equal(ops.masked_conv2d(x, weight, padding=1, exact=True), direct)
+    assert not torch.equal(ops.masked_conv2d(x, weight, padding=1), direct)
+    module = MaskedConv2d(32, 32, 3, padding=1, bias=False, exact=True)
+    module.weight.data = weight
+    assert torch.equal(module(x), direct)
+    grads = [
+        ops.masked_conv2d_backward(x, None, x, weight, padding=1, exact=exact)[:2] for exact in (True, False)
+    ]
+    expected = OP.masked_conv2d_backward(
+        x, None, x, weight, None, None, None, None, *shared, True, True, False, False, "direct"
+    )
+    for i in range(2):
+        assert torch.equal(grads[0][i], expected[i])
+        assert not torch.equal(grads[1][i], expected[i])
+
+
+def test_many_threads_give_the_same_numbers(target: torch.device) -> None:
+    on_cpu(target)
+    x, weight, grad = torch.randn(7, 19, 14, 14), torch.randn(21, 19, 3, 3), torch.randn(7, 21, 14, 14)
+    expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        runs = [ops.masked_conv2d_backward(grad, None, x, weight, padding=1) for _ in range(5)]
+    finally:
+        torch.set_num_threads(before)
+    assert error(runs[0][1], expected) < 2e-5
+    for grad_x, grad_weight, _, _ in runs[1:]:
+        assert torch.equal(grad_x, runs[0][0])
+        assert torch.equal(grad_weight, runs[0][1])
+
+
+def test_algorithm_is_checked_and_traced(target: torch.device) -> None:
+    x = torch.randn(2, 16, 8, 8, device=target)
+    weight = torch.randn(16, 16, 3, 3, device=target, requires_grad=True)
+    shared = (None, None, None, None, [1, 1], [1, 1], [1, 1], 1, "relu")
+    torch.library.opcheck(OP.masked_conv2d, (x.requires_grad_(), weight, *shared, "winograd4"))
+    with pytest.raises(RuntimeError, match="algorithm must be one of auto, direct.*got 'fft'"):
+        OP.masked_conv2d(x, weight, *shared, "fft")
