@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,18 @@ def example_for(
     except Exception:  # a dataset that cannot be indexed like this will give its first batch
         return None
     return inputs_from_batch(batch)
+
+
+def training_batches(trainer: pl.Trainer, count: int) -> list[ExampleInputs]:
+    """Inputs of the first batches of a further pass over the training data, which leaves the random state as it was.
+
+    For a fit that was resumed just before it needs them. Empty for streaming data, which has no further pass.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return []
+    with torch.random.fork_rng():
+        return [require_inputs(inputs_from_batch(b, rows=None), b) for b in itertools.islice(loader, count)]
 
 
 def _train_loader(trainer: pl.Trainer) -> Any:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 import warnings
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from .batches import example_for, inputs_from_batch, require_inputs
+from .batches import example_for, inputs_from_batch, require_inputs, training_batches
 from .compaction import CompactionPlan
 from .config import PruneConfig, load_plan
 from .errors import PlanError
 from .fit import PruningFit
-from .inputs import ExampleInputs
+from .guards import refuse_late_rewind, refuse_unsupported, resolve_schedule
+from .inputs import ExampleInputs, batch_size
+from .meter import TrainingMeter
 from .monitor import Plateau
 from .outcome import PruneReport
+from .progress import measuring_bar
+from .recalibration import wanted_batches
 from .schedule import Phase, Schedule
 from .scope import Patterns
 
@@ -42,7 +46,8 @@ class ChannelPruning(pl.Callback):
         target: fraction of the dense cost to keep, in (0, 1]; met within 1 % from below where the widths allow.
         metric: ``"macs"``, ``"params"`` or ``"latency"``, measured on the training device for the batch of
             ``example_inputs`` (one process only).
-        method: ``"l1"`` learns gates; ``"magnitude"``, ``"random"`` and ``"first_k"`` rank the weights once after warmup.
+        method: ``"l1"`` learns gates; ``"magnitude"``, ``"random"`` and ``"first_k"`` rank the weights once after warmup, or,
+            with ``learn_epochs``, again and again while the budget tightens along ``ramp``, as ``"taylor"`` does.
         plan: a :class:`CompactionPlan` or its path instead of a method: its masks hold from the first step.
         warmup_epochs / learn_epochs: default to a fifth and two fifths of the trainer's ``max_epochs``.
         finetune_epochs: the fit stops after so many; default: all that remain, or until ``monitor`` is on a plateau.
@@ -63,6 +68,15 @@ class ChannelPruning(pl.Callback):
         rewind_to: optimizer step whose weights the fit returns to when channels are selected (lottery tickets); the
             optimizer's state starts afresh, schedules go on.
         remove_branches: whole residual branches may go when all their channels do; their layers vanish, the shortcut stays.
+        reentry_until: share of the learn phase until which masked channels may come back (their weights are kept and go on
+            learning); afterwards masks only shrink. 0: what is gone is gone.
+        penalty_weights: ``{module name or regular expression: factor}``: how much harder than others a layer's or branch's
+            channels are pressed; where nothing is pressed their saliency is divided by it.
+        distill: weight of a loss that pulls the logits while finetuning towards those of the dense network, as it was when
+            learning began (at one-shot: when channels were selected; with a plan: at the start). 0: none.
+        distill_temperature: of both softmaxes in that loss (Hinton et al. 2015).
+        recalibrate: re-estimate batch norm statistics on so many recent training batches (True: 8) when channels are
+            selected and at the end of the fit.
         ramp: how the budget tightens while learning: ``"cubic"``, ``"exponential"`` or ``"linear"``.
         monitor: validation metric whose plateau ends finetuning, for example ``"val_loss"``; None: never.
         patience: epochs without improvement that make a plateau.
@@ -77,7 +91,8 @@ class ChannelPruning(pl.Callback):
         compact_model: the smaller module after ``fit`` (in evaluation mode, on the module's device), else None.
         plan: the :class:`CompactionPlan`, once channels are selected.
         report: a :class:`PruneReport`, once channels are selected.
-        history: one record per epoch: epoch, phase, macs, params, live_channels, lambda, gates.
+        history: one record per epoch: epoch, phase, macs, params, live_channels, lambda, gates, step_time, samples_per_second,
+            saved_training_macs, on CUDA peak_memory (all logged as ``prune/...``).
 
     Raises:
         ValueError: an argument is out of range or misspelt.
@@ -111,6 +126,11 @@ class ChannelPruning(pl.Callback):
         rewind_to: int | None = None,
         remove_branches: bool = False,
         ramp: str = "cubic",
+        reentry_until: float = 0.0,
+        penalty_weights: dict[str, float] | None = None,
+        distill: float = 0.0,
+        distill_temperature: float = 4.0,
+        recalibrate: bool | int = False,
         monitor: str | None = None,
         patience: int = 5,
         example_inputs: ExampleInputs | None = None,
@@ -145,6 +165,11 @@ class ChannelPruning(pl.Callback):
             ramp=ramp,
             seed=seed,
             dead_channel_skipping=dead_channel_skipping,
+            distill=distill,
+            distill_temperature=distill_temperature,
+            recalibrate=recalibrate,
+            reentry_until=reentry_until,
+            penalty_weights=penalty_weights,
         )
         self.compact_on_fit_end = compact_on_fit_end
         self.compact_model: nn.Module | None = None
@@ -156,7 +181,10 @@ class ChannelPruning(pl.Callback):
         self._fit: PruningFit | None = None
         self._resumed: dict[str, Any] = {}
         self._last_step = -1
-        self._recent: deque[Any] = deque(maxlen=_RECENT_BATCHES)
+        self._recent: deque[Any] = deque(
+            maxlen=max(wanted_batches(recalibrate), _RECENT_BATCHES * reconstruct)
+        )
+        self._meter = TrainingMeter()
 
     @property
     def plan(self) -> CompactionPlan | None:
@@ -175,29 +203,10 @@ class ChannelPruning(pl.Callback):
         """Refuse what cannot work, and trace the module if its data can be had already."""
         if stage != "fit":
             return
-        unsupported = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
-        if isinstance(trainer.strategy, unsupported):
-            raise MisconfigurationException(
-                f"ChannelPruning does not work with {type(trainer.strategy).__name__}, which shards the weights that "
-                "channels are made of. Use strategy='auto' or strategy='ddp'."
-            )
-        if self.config.metric == "latency" and trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"metric='latency' measures one device, but the Trainer has {trainer.world_size} processes, whose "
-                "measurements differ. Use devices=1, or metric='macs'."
-            )
-        try:
-            self._schedule = self._fast_dev_run_schedule(trainer) or Schedule.resolve(
-                self.config, trainer.max_epochs
-            )
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+        refuse_unsupported(trainer, pl_module, self.config)
+        self._schedule = resolve_schedule(trainer, self.config)
         inputs = example_for(trainer, pl_module, self._given_inputs)
         self._fit = PruningFit(self.config, pl_module, inputs) if inputs is not None else None
-
-    def _fast_dev_run_schedule(self, trainer: pl.Trainer) -> Schedule | None:
-        """One smoke-test batch passes through everything: learn in epoch 0, select and compact at the end."""
-        return Schedule(0, int(self.config.learned), None) if trainer.fast_dev_run else None  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the state of a checkpoint, or start with a given plan."""
@@ -214,19 +223,16 @@ class ChannelPruning(pl.Callback):
             self._enter(trainer, pl_module)
         if self._fit.plan is None and trainer.global_step == self.config.rewind_to:
             self._fit.remember(pl_module)
-        if self._fit.plan is None and self.config.reconstruct:
+        if self.config.recalibrate or (self._fit.plan is None and self.config.reconstruct):
             self._recent.append(require_inputs(inputs_from_batch(batch, rows=None), batch))
+        self._meter.start(batch_size(batch))
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._fit is not None
         assert self._schedule is not None
-        rewind, steps = self.config.rewind_to, trainer.num_training_batches * self._schedule.before_selection
-        if rewind is not None and rewind * trainer.accumulate_grad_batches >= steps:
-            raise MisconfigurationException(
-                f"rewind_to={rewind} is not reached before channels are selected, after {self._schedule.before_selection} "
-                f"epochs of {trainer.num_training_batches} batches: give an earlier step"
-            )
-        self._fit.begin(pl_module, self._resumed, self._learn_steps(trainer))
+        refuse_late_rewind(trainer, self.config, self._schedule)
+        with measuring_bar(trainer) as progress:
+            self._fit.begin(pl_module, self._resumed, self._learn_steps(trainer), progress)
         self._resumed = {}
 
     def _learn_steps(self, trainer: pl.Trainer) -> int:
@@ -240,6 +246,7 @@ class ChannelPruning(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Enter the phase of this epoch."""
+        self._meter.epoch()
         if self._fit is not None:
             self._enter(trainer, pl_module)
 
@@ -255,7 +262,12 @@ class ChannelPruning(pl.Callback):
     def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._fit is not None
         rewound = self._fit.early is not None
-        self._fit.select(pl_module, list(self._recent))
+        if not self._recent and (
+            self.config.reconstruct or self.config.recalibrate
+        ):  # resumed just before this
+            assert self._recent.maxlen is not None
+            self._recent.extend(training_batches(trainer, self._recent.maxlen))
+        self._fit.select(pl_module, list(self._recent), self._reduce(trainer))
         self._recent.clear()
         if self.config.reconstruct and trainer.world_size > 1:  # ranks saw different batches
             for parameter in pl_module.parameters():
@@ -263,6 +275,10 @@ class ChannelPruning(pl.Callback):
         if rewound:
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
+
+    @staticmethod
+    def _reduce(trainer: pl.Trainer) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -276,7 +292,7 @@ class ChannelPruning(pl.Callback):
         self._fit.before_step(
             optimizer,
             gates_too=first,
-            reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean"),
+            reduce=self._reduce(trainer),
             loss_scale=scaler.get_scale() if scaler is not None else 1.0,
         )
 
@@ -286,6 +302,7 @@ class ChannelPruning(pl.Callback):
         """After the user's optimizer: dead stays dead, filters stay on their sphere."""
         if self._fit is not None:
             self._fit.after_step()
+            self._meter.end(self._fit.step_macs, self._fit.macs.dense)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log and record; stop when finetuning is done."""
@@ -293,7 +310,7 @@ class ChannelPruning(pl.Callback):
             return
         assert self._schedule is not None
         phase = self._schedule.phase(trainer.current_epoch)
-        record = self._fit.record()
+        record = self._fit.record() | self._meter.record(pl_module.device)
         head = {"epoch": trainer.current_epoch, "phase": phase.name.lower()}
         self.history.append({**head, **record, "gates": self._fit.gates()})
         logged = {
@@ -301,7 +318,7 @@ class ChannelPruning(pl.Callback):
             **{f"prune/{name}": float(value) for name, value in record.items()},
         }
         pl_module.log_dict(logged, sync_dist=True)
-        self.report = self._fit.report()
+        self._report(self._fit.report())
         total = self._schedule.total
         stop = total is not None and trainer.current_epoch + 1 >= total
         if phase == Phase.FINETUNE:
@@ -326,8 +343,15 @@ class ChannelPruning(pl.Callback):
                 )
                 return
             self._select(trainer, pl_module)
+        elif self._recent:
+            self._fit.recalibrate(pl_module, list(self._recent), self._reduce(trainer))
         if self.compact_on_fit_end:
-            self.compact_model, self.report = self._fit.compact(pl_module)
+            self.compact_model, report = self._fit.compact(pl_module)
+            self._report(report)
+
+    def _report(self, report: PruneReport | None) -> None:
+        macs, dense = self._meter.macs, self._meter.macs_dense
+        self.report = replace(report, training_macs=macs, training_macs_dense=dense) if report else None
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -345,7 +369,8 @@ class ChannelPruning(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Plan or gates, controller, history: a resumed fit goes on where this one is."""
         fit = self._fit.state_dict() if self._fit is not None else {}
-        return {"fit": fit, "history": self.history, "plateau": self._plateau.state_dict()}
+        own = {"history": self.history, "plateau": self._plateau.state_dict()}
+        return {"fit": fit, **own, "meter": self._meter.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts: the module may still move to its device."""
@@ -356,3 +381,5 @@ class ChannelPruning(pl.Callback):
         self._resumed = dict(state_dict["fit"])
         self.history = list(state_dict["history"])
         self._plateau.load_state_dict(state_dict["plateau"])
+        if "meter" in state_dict:
+            self._meter.load_state_dict(state_dict["meter"])

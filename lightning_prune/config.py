@@ -11,8 +11,9 @@ from .budget import RAMPS
 from .compaction import CompactionPlan
 from .cost import METRICS
 from .criteria import CRITERIA
-from .gates import LEARNED
-from .scope import Patterns, check_patterns, check_ratios
+from .gates import LEARNED, Measured
+from .recalibration import check_recalibrate
+from .scope import Patterns, check_factors, check_patterns, check_ratios
 
 
 def methods() -> tuple[str, ...]:
@@ -80,6 +81,11 @@ class PruneConfig:
     ramp: str
     seed: int
     dead_channel_skipping: bool = True
+    distill: float = 0.0
+    distill_temperature: float = 4.0
+    recalibrate: bool | int = False
+    reentry_until: float = 0.0
+    penalty_weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         check_fraction("target", self.target)
@@ -99,6 +105,20 @@ class PruneConfig:
         if self.gate_lr is not None:
             check_number("gate_lr", self.gate_lr, zero=False)
         check_ratios(self.ratios)
+        check_factors(self.penalty_weights)
+        check_number("distill", self.distill)
+        check_number("distill_temperature", self.distill_temperature, zero=False)
+        check_recalibrate(self.recalibrate)
+        check_number("reentry_until", self.reentry_until)
+        if self.reentry_until > 1:
+            raise ValueError(
+                f"reentry_until is a share of the learn phase and must be in [0, 1]; got {self.reentry_until!r}"
+            )
+        if self.reentry_until and not self.learns:
+            raise ValueError(
+                f"reentry_until={self.reentry_until!r} needs a learn phase during which channels may come back: give "
+                f"learn_epochs with method={self.method!r}"
+            )
         if self.rewind_to is not None:
             check_positive("rewind_to", self.rewind_to, least=0)
         if not isinstance(self.dead_channel_skipping, bool):
@@ -114,8 +134,18 @@ class PruneConfig:
 
     @property
     def learned(self) -> bool:
-        """Whether gates are trained (otherwise a criterion or a given plan decides)."""
+        """Whether the method needs the learn phase (otherwise a criterion or a given plan decides)."""
         return self.plan is None and self.method in LEARNED
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is a learn phase: a learned method, or a criterion that prunes gradually."""
+        return self.learned or (self.plan is None and bool(self.learn_epochs))
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a penalty drives channels out (otherwise saliencies are only ranked)."""
+        return self.learned and not issubclass(LEARNED[self.method], Measured)
 
 
 def load_plan(plan: CompactionPlan | str | os.PathLike[str] | None) -> CompactionPlan | None:

@@ -10,22 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from .branches import removable_branches
+from .budget import ramped_target
 from .channels import trace_channels
 from .channels.groups import Mask
 from .compaction import CompactionPlan, compact, mask_channels, max_relative_error
 from .config import PruneConfig
 from .cost import Cost, CostModel
 from .criteria import saliency
+from .distillation import Distiller, whole_network_calls
+from .errors import BudgetError
 from .inputs import ExampleInputs, to_model
 from .latency_cost import measure_latency_cost, select_measured
 from .learning import MaskLearner
 from .outcome import PruneReport
+from .recalibration import recalibrate, wanted_batches
 from .reconstruction import reconstruct
 from .redundancy import warn_if_symmetric
-from .scope import fix_ratios, protected_channels
+from .scope import fix_ratios, group_factors, protected_channels
 from .selection import select_channels
 from .skipping import DeadChannelSkipper
 from .weights import WeightKeeper
+
+#: averages a tensor over the ranks of a distributed run
+Reduce = Callable[[Tensor], Tensor]
 
 
 class PruningFit:
@@ -47,6 +54,8 @@ class PruningFit:
         self.graph = trace_channels(model, inputs)
         self.macs, self.params = CostModel(self.graph, "macs"), CostModel(self.graph, "params")
         self.cost: Cost = self.params if config.metric == "params" else self.macs
+        #: multiply-accumulates of one sample without the channels whose weights are zero
+        self.step_macs = self.macs.dense
         self.plan: CompactionPlan | None = None
         self.learner: MaskLearner | None = None
         self.keeper: WeightKeeper | None = None
@@ -55,6 +64,8 @@ class PruningFit:
         if config.remove_branches:
             self._removable = removable_branches(model, to_model(inputs, model), self.graph)
         self.early: dict[str, Tensor] | None = None
+        self.distiller: Distiller | None = None
+        self._network_calls = whole_network_calls(model, self._inputs_for(model)) if config.distill else []
         self._protected = np.zeros(self.graph.num_channels, dtype=bool)
         if config.plan is not None:
             config.plan.check_model(self.graph.tensors)
@@ -63,13 +74,24 @@ class PruningFit:
             self._protected = protected_channels(
                 self.graph, config.include, config.exclude, config.prune_streams
             )
+            self._factors = group_factors(self.graph, config.penalty_weights)
             if config.metric != "latency":  # which is measured when the model is on its device
                 self._choose(
                     np.ones(self.graph.num_channels)
                 )  # an unreachable budget shows now, not after learning
 
-    def _choose(self, values: np.ndarray, alive: Mask | None = None, share: float | None = None) -> Mask:
-        eligible, kept = fix_ratios(self.graph, values, self.config.ratios)
+    def _choose(
+        self,
+        values: np.ndarray,
+        alive: Mask | None = None,
+        share: float | None = None,
+        ratios: Mapping[str, float] | None = None,
+    ) -> Mask:
+        if not self.config.penalised:  # where nothing is pressed, what would be pressed harder ranks lower
+            values = values / self._factors
+        if alive is not None:
+            values = np.where(alive, values, values.min() - 1.0)
+        eligible, kept = fix_ratios(self.graph, values, self.config.ratios if ratios is None else ratios)
         if alive is not None:
             eligible = eligible & (alive | kept)
         return select_channels(
@@ -84,16 +106,42 @@ class PruningFit:
             removable=self._removable,
         )
 
+    def _choose_on_the_way(self, values: np.ndarray, alive: Mask, progress: float) -> Mask:
+        """What the ramped budget asks for after ``progress`` (0..1) of the learn phase."""
+        config = self.config
+        ratios = {name: ramped_target(r, progress, config.ramp) for name, r in (config.ratios or {}).items()}
+        try:
+            return self._choose(values, alive, ramped_target(config.target, progress, config.ramp), ratios)
+        except (
+            BudgetError
+        ):  # only the end of the ramp was proven reachable; rounded ratios may miss it on the way
+            return alive
+
     # ---- phases ----------------------------------------------------------------------------------------------------
 
-    def begin(self, model: nn.Module, state: Mapping[str, Any], learn_steps: int) -> None:
-        """The model is on its device: take up a checkpoint's ``state`` (empty: none), or hold the given plan."""
+    def begin(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Any],
+        learn_steps: int,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:
+        """The model is on its device: take up a checkpoint's ``state`` (empty: none), or hold the given plan.
+
+        ``progress`` is told of the layers whose latency is measured, see ``measure_latency_cost``.
+        """
+        config = self.config
         self.keeper = WeightKeeper(model, self.graph)
-        if self.config.metric == "latency" and self.config.plan is None:
-            self.cost = measure_latency_cost(model, self._inputs_for(model), self.graph)
+        if config.metric == "latency" and config.plan is None:
+            self.cost = measure_latency_cost(model, self._inputs_for(model), self.graph, progress)
             self._choose(np.ones(self.graph.num_channels))
-        if self.config.dead_channel_skipping:
+        if config.dead_channel_skipping:
             self.skipper = DeadChannelSkipper(model, self.graph)
+        if config.distill:
+            self.distiller = Distiller(self._network_calls, config.distill, config.distill_temperature)
+            if state.get("teacher") is not None or config.plan is not None:
+                self.distiller.remember(model, state.get("teacher"))
+            self.distiller.attach(model)
         self.early = state.get("early")
         if state.get("plan") is not None:
             self.hold(CompactionPlan.from_json(state["plan"], "the checkpoint"))
@@ -102,33 +150,41 @@ class PruningFit:
             learner.load_state_dict(state["learner"])
             if self.config.sphere:
                 self.keeper.remember_radii_as(state["radii"])
-            self._set_mask(learner.mask())
+            self._set_mask(learner.held())
         elif self.config.plan is not None:
             self.hold(self.config.plan)
         else:
             warn_if_symmetric(model, self.graph)
 
     def start_learning(self, model: nn.Module, steps: int) -> MaskLearner:
-        """Hang the gates on the model."""
+        """Hang the gates on the model; the network as it is now becomes the teacher."""
         assert self.keeper is not None
+        self._teach(model)
         self.learner = MaskLearner(
-            model, self.graph, self.cost, self.config, self._protected, steps, self._removable
-        )
+            model, self.graph, self.cost, self.config, self._protected, steps, self._choose_on_the_way,
+            self._removable,
+        )  # fmt: skip
         self.learner.gates.attach()
         if self.config.sphere:
             self.keeper.remember_radii()
         return self.learner
 
-    def select(self, model: nn.Module, data: Sequence[Any] = ()) -> None:
+    def _teach(self, model: nn.Module) -> None:
+        if self.distiller is not None and self.distiller.teacher is None:
+            self.distiller.remember(model)
+
+    def select(self, model: nn.Module, data: Sequence[Any] = (), reduce: Reduce | None = None) -> None:
         """The last word: a hard selection that meets the budget; gates are folded into the weights and gone.
 
         With ``rewind_to`` the weights go back to those of that step; with ``reconstruct`` the consumers of removed
-        channels are refitted on ``data``.
+        channels are refitted on ``data``; with ``recalibrate`` batch norm statistics are taken anew on it, averaged over
+        ranks by ``reduce``.
         """
         assert self.keeper is not None
+        self._teach(model)
         if self.learner is not None:
             by_weight = saliency("magnitude", model, self.graph)
-            values, alive = self.learner.saliency(by_weight), self.learner.mask()
+            values, alive = self.learner.saliency(by_weight), self.learner.held()
             self.learner.gates.detach()
             if self.early is None:
                 self.keeper.fold(self.learner.gates.final())
@@ -144,6 +200,12 @@ class PruningFit:
             fitted, _ = reconstruct(model, self._inputs_for(model), plan, data)
             model.load_state_dict(fitted.state_dict())
         self.hold(plan)
+        self.recalibrate(model, data, reduce)
+
+    def recalibrate(self, model: nn.Module, data: Sequence[Any], reduce: Reduce | None = None) -> None:
+        """Batch norm statistics of the masked network from ``data``, if they are wanted."""
+        if self.config.recalibrate and data:
+            recalibrate(model, data[-wanted_batches(self.config.recalibrate) :], reduce)
 
     def remember(self, model: nn.Module) -> None:
         """Keep the present weights to rewind to (lottery tickets, Frankle and Carbin 2019)."""
@@ -152,6 +214,10 @@ class PruningFit:
     def _final(self, model: nn.Module, values: np.ndarray, alive: Mask | None) -> Mask:
         if self.config.metric != "latency":
             return self._choose(values, alive)
+        if (
+            self.skipper is not None
+        ):  # the dense network is timed as it is; holding the plan puts the hooks back
+            self.skipper.detach()
         mask, _ = select_measured(
             model,
             self._inputs_for(model),
@@ -165,12 +231,15 @@ class PruningFit:
         """From now on the removed channels are exactly zero."""
         assert self.keeper is not None
         self.plan = plan
+        if self.distiller is not None:
+            self.distiller.active = True
         self._set_mask(plan.mask(self.graph))
         self.keeper.zero_dead()
 
     def _set_mask(self, mask: Mask) -> None:
         assert self.keeper is not None
         self.keeper.set_mask(mask)
+        self.step_macs = self.macs.cost(mask)
         if self.skipper is not None:
             self.skipper.set_mask(mask)
 
@@ -180,6 +249,8 @@ class PruningFit:
             self.learner.gates.detach()
         if self.skipper is not None:
             self.skipper.detach()
+        if self.distiller is not None:
+            self.distiller.detach()
 
     def _inputs_for(self, model: nn.Module) -> ExampleInputs:
         """On the model's device and, in a true half or double precision fit, in its dtype."""
@@ -202,7 +273,7 @@ class PruningFit:
         optimizer: torch.optim.Optimizer,
         *,
         gates_too: bool,
-        reduce: Callable[[Tensor], Tensor],
+        reduce: Reduce,
         loss_scale: float,
     ) -> None:
         """Gradients are complete: penalise the weights and, once per step, move the gates."""
@@ -215,7 +286,7 @@ class PruningFit:
             learner.gates.synchronise(reduce)
             learner.unscale(loss_scale)
             if learner.step():
-                self._set_mask(learner.mask())
+                self._set_mask(learner.held())
         if self._freeze_weights:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -248,6 +319,7 @@ class PruningFit:
             "params": self.params.cost(mask),
             "live_channels": int(mask.sum()),
             "lambda": self.learner.strength if self.learner is not None else 0.0,
+            **({"distill": self.distiller.mean()} if self.distiller is not None else {}),
         }
 
     def gates(self) -> dict[str, list[float]]:
@@ -267,5 +339,6 @@ class PruningFit:
             "plan": self.plan.to_json() if self.plan is not None else None,
             "learner": self.learner.state_dict() if self.learner is not None else None,
             "early": self.early,
+            "teacher": self.distiller.teacher_state() if self.distiller is not None else None,
             "radii": self.keeper.radii() if self.keeper is not None else [],
         }

@@ -47,6 +47,12 @@ def first_rows(example_inputs: ExampleInputs, rows: int) -> ExampleInputs:
     return map_inputs(example_inputs, lambda t: t[:rows] if t.dim() and t.shape[0] == batch else t)
 
 
+def without_labels(batch: Any) -> ExampleInputs:
+    """The inputs of a batch of data: of a pair, the first; anything else is inputs as it is."""
+    inputs: ExampleInputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+    return inputs
+
+
 def batch_size(example_inputs: ExampleInputs) -> int:
     """Size of dimension 0 of the first tensor (1 when there is none)."""
     for leaf in tree_leaves(example_inputs):

@@ -1,7 +1,16 @@
-"""The learn phase: gates, controller and snapping together, independent of any trainer."""
+"""The learn phase: gates, controller and snapping together, independent of any trainer.
+
+Two ways lead to the budget. *Learn, then snap*: a penalty drives gates to zero, and those that arrive are snapped. *Gradual*:
+methods that only measure choose anew which channels to mask every so many steps, under a budget that tightens along the ramp
+(Zhu and Gupta 2017). Until ``reentry_until`` of the phase what is masked only rests: the network computes without it, but it
+goes on learning and comes back when it matters again (soft pruning, He et al. 2018); from then on masks only shrink, and the
+weights of what is gone are zero.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +21,13 @@ from .budget import PenaltyController, ramped_target
 from .channels.groups import ChannelGraph, Mask
 from .config import PruneConfig
 from .cost import Cost
-from .gates import LEARNED
-from .scope import fixed_shares
+from .criteria import saliency
+from .gates import LEARNED, CriterionGates, Gates, Measured
+from .gates.attach import consumer_channels
+from .scope import fixed_shares, group_factors
+
+#: chooses a mask: (saliency, bool mask of channels that may stay, progress of the learn phase) -> bool mask
+Choose = Callable[[np.ndarray, Mask, float], Mask]
 
 #: how strongly a channel's price weighs in its penalty
 PRICE_EXPONENT = 0.5
@@ -29,7 +43,7 @@ class MaskLearner:
 
     Each optimizer step: :meth:`step` moves the gates by the gradient the backward pass left on them, shrinks them by the
     controller's penalty weighted with each channel's price, and snaps gates that fell under the threshold, as long as the
-    budget is not undercut.
+    budget is not undercut. Methods without a penalty have their masks chosen at intervals instead.
 
     Args:
         model: the network; only hooks are added to it, while attached.
@@ -38,6 +52,7 @@ class MaskLearner:
         config: see ``ChannelPruning``.
         protected: bool mask of channels that must stay.
         steps: optimizer steps in the learn phase, for the ramp of the target and default learning rates.
+        choose: selects under the budget of the moment.
         removable: bool mask of channels whose whole group may go.
     """
 
@@ -49,16 +64,22 @@ class MaskLearner:
         config: PruneConfig,
         protected: Mask,
         steps: int,
+        choose: Choose,
         removable: Mask | None = None,
     ) -> None:
         device = next(model.parameters()).device
         self.graph, self.cost, self.config, self.steps = graph, cost, config, max(steps, 1)
-        kind = LEARNED[config.method]
+        self._model, self._choose = model, choose
+        kind = LEARNED.get(config.method, CriterionGates)
         lr = config.gate_lr if config.gate_lr is not None else kind.span * default_gate_lr(steps)
-        self.gates = kind(
+        make: Callable[..., Gates] = kind
+        if kind is CriterionGates:
+            make = partial(CriterionGates, criterion=config.method, seed=config.seed)
+        self.gates = make(
             model, graph, torch.from_numpy(~protected).to(device), lr, config.snap_threshold, self.steps,
             **config.method_options,
         )  # fmt: skip
+        self.gates.soft = config.reentry_until > 0
         #: channels whose gates learn; fixed from here on, so that no step waits for the device to tell
         self.trainable: Mask = np.asarray(self.gates.trainable.cpu().numpy(), dtype=bool)
         self.controller = PenaltyController(lr=10.0 / self.steps)
@@ -69,10 +90,23 @@ class MaskLearner:
         self._least = [0 if removable is not None and removable[g.start] else least for g in graph.groups]
         # layers with a width of their own are ranked by their gates, not pressed, and count as what will be left of them
         self._share = fixed_shares(graph, config.ratios)
+        self._factor = group_factors(graph, config.penalty_weights)
+        self._gateable = np.asarray(consumer_channels(graph).numpy(), dtype=bool)
+        #: masked for now, may come back
+        self.resting: Mask = np.zeros(graph.num_channels, dtype=bool)
+
+    def held(self) -> Mask:
+        """Channels that are not gone for good, bool of shape [num_channels]."""
+        return ~np.asarray(self.gates.dead.cpu().numpy(), dtype=bool)
 
     def mask(self) -> Mask:
-        """Channels that are not dead yet, bool of shape [num_channels]."""
-        return ~np.asarray(self.gates.dead.cpu().numpy(), dtype=bool)
+        """Channels that the network computes with, bool of shape [num_channels]."""
+        return self.held() & ~self.resting
+
+    @property
+    def open(self) -> bool:
+        """Whether masked channels may come back, at the present step."""
+        return self.done < self.config.reentry_until * self.steps
 
     def alternating_on_weights(self) -> bool:
         """In push-pull training: whether it is the weights' turn (gates stand still)."""
@@ -85,7 +119,7 @@ class MaskLearner:
         return n > 0 and not self.alternating_on_weights()
 
     def step(self) -> bool:
-        """One step on the gradients present; returns whether channels died."""
+        """One step on the gradients present; returns whether channels are gone for good that were not before."""
         if self.alternating_on_weights():
             for parameter in self.gates.parameters():
                 parameter.grad = None
@@ -95,7 +129,8 @@ class MaskLearner:
         if not gates.penalised:
             gates.update(torch.zeros(len(mask), device=gates.dead.device))
             self.done += 1
-            return False
+            due = isinstance(gates, Measured) and self.done % gates.interval == 0
+            return self._choose_anew() if due else False
         aim = ramped_target(self.config.target, self.done / self.steps, self.config.ramp)
         presence = gates.presence().cpu().numpy().astype(np.float64)
         # early on what is on its way out counts in part, or everything in flight would overshoot; in the end only what
@@ -108,6 +143,7 @@ class MaskLearner:
         free = self.trainable & mask
         mean = price[free].mean() if free.any() else 1.0
         relative = np.clip((price / max(mean, 1e-30)) ** PRICE_EXPONENT, 0.1, 10.0) * (self._share == 1.0)
+        relative = relative * self._factor
         gates.update(torch.from_numpy(self.strength * relative).float().to(gates.dead.device))
         self.done += 1
         return self._snap(mask)
@@ -117,12 +153,40 @@ class MaskLearner:
         shares = np.array([mask[g.ids].mean() for g in self.graph.groups])
         return shares[self._group_of]
 
+    def _choose_anew(self) -> bool:
+        """Gradual pruning: the masks that the saliencies of the moment and the ramped budget ask for."""
+        held, live = self.held(), self.mask()
+        values = self.saliency(saliency("magnitude", self._model, self.graph))
+        wanted = self._choose(values, held if self.open else live, self.done / self.steps)
+        gone = held & ~wanted
+        return self._put_away(gone & self._gateable if self.open else np.zeros_like(gone), gone)
+
+    def _put_away(self, resting: Mask, gone: Mask) -> bool:
+        """Let ``resting`` rest, and the others of ``gone`` go for good; returns whether there were any."""
+        if not np.array_equal(resting, self.resting):
+            self.resting = resting
+            self.gates.rest(torch.from_numpy(resting).to(self.gates.dead.device))
+        dying = np.flatnonzero(gone & ~resting)
+        if len(dying):
+            self.gates.snap(torch.from_numpy(dying).to(self.gates.dead.device))
+        return bool(len(dying))
+
     def _snap(self, mask: Mask) -> bool:
-        """Kill gates under the threshold, smallest first, as long as the cost stays above the target."""
+        """Mask gates under the threshold, smallest first, as long as the cost stays above the target.
+
+        For good; or, while channels may come back, until they are over the threshold again.
+        """
         limit = self.config.target * self.cost.dense
+        candidates = self.gates.candidates().tolist()
+        if self.resting.any():
+            small = np.zeros_like(mask)
+            small[candidates] = True
+            mask = mask | (self.resting & ~small)
         counts = np.array([int(mask[g.ids].sum()) for g in self.graph.groups])
         chosen = []
-        for channel in self.gates.candidates().tolist():
+        for channel in candidates:
+            if not mask[channel]:
+                continue
             group = self._group_of[channel]
             if self._share[channel] < 1.0 or counts[group] <= self._least[group]:
                 continue
@@ -132,9 +196,9 @@ class MaskLearner:
                 continue
             counts[group] -= 1
             chosen.append(channel)
-        if chosen:
-            self.gates.snap(torch.tensor(chosen, device=self.gates.dead.device))
-        return bool(chosen)
+        gone = self.resting & ~mask
+        gone[chosen] = True
+        return self._put_away(gone if self.open else np.zeros_like(gone), gone)
 
     def saliency(self, otherwise: np.ndarray) -> np.ndarray:
         """What the gates learned, shape [num_channels]; channels without a gate rank above, by ``otherwise``."""
@@ -149,7 +213,7 @@ class MaskLearner:
 
     def gates_by_group(self) -> dict[str, list[float]]:
         """Gate values per group."""
-        values = self.gates.multipliers(training=False).detach().cpu()
+        values = self.gates.effective(training=False).detach().cpu()
         return {g.name: [round(v, 6) for v in values[g.ids].tolist()] for g in self.graph.groups}
 
     def unscale(self, scale: Tensor | float) -> None:
@@ -170,3 +234,4 @@ class MaskLearner:
         self.gates.load_state_dict(state["gates"])
         self.controller.load_state_dict(state["controller"])
         self.done, self.strength, self.steps = state["done"], state["strength"], state["steps"]
+        self.resting = np.asarray(self.gates.resting.cpu().numpy(), dtype=bool).copy()

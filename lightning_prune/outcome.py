@@ -23,6 +23,9 @@ class PruneReport:
         widths: ``{group: (live channels, dense channels)}``.
         frozen: why the other dimensions were not pruned.
         max_relative_error: compact against masked network on the example input; None until compacted.
+        training_macs: multiply-accumulates of all training steps so far (forward and backward), without those of channels
+            whose weights are zero; what training costs where dead channels are skipped. None outside a fit.
+        training_macs_dense: the same for a dense fit of as many steps.
     """
 
     macs_dense: float
@@ -32,6 +35,8 @@ class PruneReport:
     widths: Mapping[str, tuple[int, int]]
     frozen: Mapping[str, str]
     max_relative_error: float | None = None
+    training_macs: float | None = None
+    training_macs_dense: float | None = None
 
     @classmethod
     def of(
@@ -71,5 +76,10 @@ class PruneReport:
         if self.max_relative_error is not None:
             lines.append(
                 f"compact against masked network: largest relative error {self.max_relative_error:.2g}"
+            )
+        if self.training_macs is not None and self.training_macs_dense:
+            share = self.training_macs / self.training_macs_dense
+            lines.append(
+                f"training MACs  {self.training_macs:.3g} of the dense fit's {self.training_macs_dense:.3g} ({share:.1%})"
             )
         return "\n".join(lines)

@@ -15,9 +15,11 @@ from .compaction import CompactionPlan, compact, mask_channels, max_relative_err
 from .config import check_choice, check_fraction, check_positive
 from .cost import METRICS, Cost, CostModel
 from .criteria import CRITERIA, saliency
-from .inputs import ExampleInputs
+from .inputs import ExampleInputs, without_labels
 from .latency_cost import measure_latency_cost, select_measured
 from .outcome import PruneReport
+from .recalibration import check_recalibrate, wanted_batches
+from .recalibration import recalibrate as retake_statistics
 from .reconstruction import reconstruct as refit_consumers
 from .scope import Patterns, check_patterns, check_ratios, fix_ratios, protected_channels
 from .selection import select_channels
@@ -47,6 +49,7 @@ def prune_channels(
     min_channels: int = 1,
     remove_branches: bool = False,
     reconstruct: bool = False,
+    recalibrate: bool | int = False,
     data: Iterable[Any] | None = None,
     seed: int = 0,
 ) -> PruneResult:
@@ -70,7 +73,8 @@ def prune_channels(
         min_channels: at least so many channels stay in every group.
         remove_branches: whole residual branches may go when all their channels do; their layers vanish.
         reconstruct: refit the consumers of removed channels by least squares on ``data`` (He et al. 2017).
-        data: a few batches of inputs, or of (inputs, labels), for ``reconstruct``.
+        recalibrate: re-estimate batch norm statistics of the masked network on so many batches of ``data`` (True: 8).
+        data: a few batches of inputs, or of (inputs, labels), for ``reconstruct`` and ``recalibrate``.
         seed: for ``method="random"``.
 
     Raises:
@@ -89,6 +93,10 @@ def prune_channels(
     check_ratios(ratios)
     if reconstruct and data is None:
         raise ValueError("reconstruct=True needs data=, a few batches of inputs to fit on")
+    check_recalibrate(recalibrate)
+    if recalibrate and data is None:
+        raise ValueError("recalibrate= needs data=, a few batches of inputs to take statistics of")
+    data = list(data) if data is not None else []
     graph = trace_channels(model, example_inputs)
     values = saliency(method, model, graph, seed)
     eligible, kept = fix_ratios(graph, values, ratios)
@@ -118,8 +126,11 @@ def prune_channels(
     else:
         mask = choose(target)
     plan = CompactionPlan.from_mask(graph, mask, remove_branches=remove_branches)
-    if reconstruct and data is not None:
+    if reconstruct:
         model, _ = refit_consumers(model, example_inputs, plan, data)
+    if recalibrate:
+        model = mask_channels(model, example_inputs, plan)
+        retake_statistics(model, map(without_labels, data[: wanted_batches(recalibrate)]))
     smaller = compact(model, example_inputs, plan)
     error = max_relative_error(mask_channels(model, example_inputs, plan), smaller, example_inputs)
     return PruneResult(smaller, plan, PruneReport.of(graph, plan, error))

@@ -14,7 +14,7 @@ from .channels import ChannelGraph, trace_channels
 from .channels.trace import undisturbed
 from .compaction import CompactionPlan, mask_channels
 from .gates.attach import consumer_modules
-from .inputs import ExampleInputs, call_model, to_model
+from .inputs import ExampleInputs, call_model, to_model, without_labels
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def reconstruct(
         ValueError: ``data`` is empty.
         PlanError: ``plan`` was made for another model.
     """
-    batches = [to_model(_inputs(batch), model) for batch in data]
+    batches = [to_model(without_labels(batch), model) for batch in data]
     if not batches:
         raise ValueError("data must hold at least one batch to fit on; got none")
     graph = trace_channels(model, example_inputs, trial=False)
@@ -81,15 +81,6 @@ def reconstruct(
             _refit(names[module], module, masked, dense, model, batches, keep, ridge, max_rows, seed)
         )
     return masked, refits
-
-
-def _inputs(batch: Any) -> ExampleInputs:
-    """A pair of a tensor (or dict) and something else is (inputs, labels)."""
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        first: ExampleInputs = batch[0]
-        return first
-    inputs: ExampleInputs = batch
-    return inputs
 
 
 def _supported(module: nn.Module) -> bool:

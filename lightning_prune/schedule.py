@@ -28,8 +28,9 @@ class Schedule:
     def resolve(cls, config: PruneConfig, max_epochs: int | None) -> Schedule:
         """Fill in the lengths that were left open from the trainer's ``max_epochs`` (None or -1: unlimited).
 
-        A learned method takes a fifth of the epochs for warmup and two fifths for learning; a criterion takes a third for
-        warmup; a given plan starts finetuning at once.
+        A learned method takes a fifth of the epochs for warmup and two fifths for learning, a criterion with
+        ``learn_epochs`` a fifth for warmup; without them it takes a third for warmup and no time for learning (one-shot).
+        A given plan starts finetuning at once.
 
         Raises:
             ValueError: the phases do not fit into ``max_epochs``, or lengths are missing and there is no limit.
@@ -38,11 +39,11 @@ class Schedule:
         if config.plan is not None:
             warmup, learn = 0, 0
         else:
-            shares = (0.2, 0.4) if config.learned else (1 / 3, 0.0)
+            shares = (0.2, 0.4) if config.learns else (1 / 3, 0.0)
             lengths = []
             named = (("warmup_epochs", config.warmup_epochs), ("learn_epochs", config.learn_epochs))
             for (name, given), share in zip(named, shares, strict=True):
-                if name == "learn_epochs" and not config.learned:
+                if name == "learn_epochs" and not config.learns:
                     lengths.append(0)
                 elif given is not None:
                     lengths.append(given)

@@ -108,6 +108,32 @@ def check_ratios(ratios: Mapping[str, float] | None) -> None:
             )
 
 
+def check_factors(penalty_weights: Mapping[str, float] | None) -> None:
+    """Raise ValueError unless every key is a pattern and every value a positive finite number."""
+    for pattern, factor in (penalty_weights or {}).items():
+        check_patterns("penalty_weights", pattern)
+        number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        if not number or not 0.0 < factor < float("inf"):
+            raise ValueError(
+                f"penalty_weights[{pattern!r}] scales a penalty and must be a positive number; got {factor!r}"
+            )
+
+
+def group_factors(
+    graph: ChannelGraph, penalty_weights: Mapping[str, float] | None
+) -> npt.NDArray[np.float64]:
+    """Factor of each channel's penalty, 1 where none is given. Later patterns override earlier ones.
+
+    Raises:
+        TraceError: a pattern matches no prunable layer.
+    """
+    factors = np.ones(graph.num_channels)
+    for pattern, factor in (penalty_weights or {}).items():
+        for group in _matching(graph, pattern, f"penalty_weights: {pattern!r}"):
+            factors[group.ids] = factor
+    return factors
+
+
 def fix_ratios(
     graph: ChannelGraph, saliency: npt.NDArray[np.float64], ratios: Mapping[str, float] | None
 ) -> tuple[Mask, Mask]:

@@ -9,11 +9,11 @@ from .attach import GateHooks
 from .base import LEARNED, Gates, learned
 from .l0 import L0Gates
 from .l1 import L1Gates
-from .measured import APoZGates, OBDGates, TaylorGates
+from .measured import APoZGates, CriterionGates, Measured, OBDGates, TaylorGates
 from .slimming import SlimmingGates
 from .vib import VIBGates
 
 __all__ = [
-    "LEARNED", "APoZGates", "GateHooks", "Gates", "L0Gates", "L1Gates", "OBDGates", "SlimmingGates", "TaylorGates",
-    "VIBGates", "learned",
+    "LEARNED", "APoZGates", "CriterionGates", "GateHooks", "Gates", "L0Gates", "L1Gates", "Measured", "OBDGates",
+    "SlimmingGates", "TaylorGates", "VIBGates", "learned",
 ]  # fmt: skip

@@ -79,12 +79,31 @@ def consumer_modules(model: nn.Module, graph: ChannelGraph) -> dict[nn.Module, t
     return found
 
 
+class _StraightThrough(torch.autograd.Function):
+    """``x * mask`` whose gradient is that of ``x``: who feeds a masked channel goes on learning.
+
+    That is how soft pruning trains the filters it has zeroed (He et al. 2018, "Soft Filter Pruning"), and the gradient of
+    dynamic pruning with feedback (Lin et al. 2020, eq. 1): taken at the masked network, applied to all weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        """Masked; shapes broadcast."""
+        return x * mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, None]:
+        """As if there were no mask."""
+        return grads[0], None
+
+
 class GateHooks:
     """Applies ``multipliers(training)`` (a tensor of shape [num_channels]) to every consumer while attached."""
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, multipliers: Callable[[bool], Tensor]) -> None:
         self._multipliers = multipliers
         self._samples: Callable[[int], Tensor] | None = None
+        self._awake: Callable[[], Tensor | None] | None = None
         self._inputs = consumer_modules(model, graph)
         self._sites: dict[nn.Module, list[tuple[str, Site]]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
@@ -100,13 +119,18 @@ class GateHooks:
         """Whether the hooks are in place."""
         return bool(self._handles)
 
-    def attach(self, per_sample: Callable[[int], Tensor] | None = None) -> None:
+    def attach(
+        self,
+        per_sample: Callable[[int], Tensor] | None = None,
+        awake: Callable[[], Tensor | None] | None = None,
+    ) -> None:
         """Register the hooks (once).
 
         With ``per_sample`` (batch size -> [batch, num_channels]) convolutions and linear layers in training mode have
-        their inputs multiplied, sample by sample, instead of their weights.
+        their inputs multiplied, sample by sample, instead of their weights. With ``awake`` (-> 0 or 1 per channel, None:
+        all 1) nothing else is multiplied, and in training mode the inputs are, with a straight-through gradient.
         """
-        self._samples = per_sample
+        self._samples, self._awake = per_sample, awake
         if not self.attached:
             for module in self._sites:
                 self._handles.append(module.register_forward_pre_hook(self._shadow))
@@ -122,20 +146,30 @@ class GateHooks:
             self._restore(module)
 
     def _shadow(self, module: nn.Module, args: Any) -> Any:
-        if self._samples is not None and module.training and module in self._inputs:
+        awake = self._awake() if self._awake is not None else None
+        if self._awake is not None and awake is None:
+            return None
+        if module.training and module in self._inputs and (self._samples is not None or awake is not None):
             x, *rest = args
-            dim, index = self._inputs[module]
-            draws = self._samples(x.shape[0])
-            padded = torch.cat([draws, draws.new_ones(len(draws), 1)], dim=1)[:, index]
-            shape = [1] * x.dim()
-            shape[0], shape[dim] = x.shape[0], -1
-            return (x * padded.view(shape).to(x.dtype), *rest)
+            if self._samples is not None:
+                factors = self._laid_out(module, x, self._samples(x.shape[0]))
+                return (x * factors, *rest)
+            assert awake is not None
+            return (_StraightThrough.apply(x, self._laid_out(module, x, awake[None])), *rest)
         multipliers = self._multipliers(module.training)
         for attribute, site in self._sites[module]:
             weight = module.__dict__.get(attribute, module._parameters[attribute])
             assert weight is not None
             module.__dict__[attribute] = weight * site.scale(multipliers, weight.dim()).to(weight.dtype)
         return None
+
+    def _laid_out(self, module: nn.Module, x: Tensor, factors: Tensor) -> Tensor:
+        """``factors`` of shape [batch or 1, num_channels] so that they broadcast against the module's input ``x``."""
+        dim, index = self._inputs[module]
+        padded = torch.cat([factors, factors.new_ones(len(factors), 1)], dim=1)[:, index]
+        shape = [1] * x.dim()
+        shape[0], shape[dim] = len(factors), -1
+        return padded.view(shape).to(x.dtype)
 
     def _restore(self, module: nn.Module, *unused: Any) -> None:
         for attribute, _ in self._sites[module]:

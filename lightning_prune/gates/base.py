@@ -61,10 +61,15 @@ class Gates(ABC):
         self.lr, self.snap_threshold, self.steps = lr, snap_threshold, steps
         self.trainable = trainable & self.can_gate(model, graph).to(trainable.device)
         self.dead = torch.zeros_like(trainable)
+        #: masked for now: their multiplier is zero, their parameters and weights go on learning and may bring them back
+        self.resting = torch.zeros_like(trainable)
+        self._any_resting = False
+        #: whether channels may rest at all; to be set before :meth:`attach`
+        self.soft = False
         self._parameters = self.build()
         moving = list(self._parameters.values())
         self.optimizer = torch.optim.Adam(moving, lr=lr, weight_decay=0.0) if moving else None
-        self._hooks = GateHooks(model, graph, self.multipliers)
+        self._hooks = GateHooks(model, graph, self.effective)
 
     # ---- what a method defines -------------------------------------------------------------------------------------
 
@@ -98,11 +103,28 @@ class Gates(ABC):
         """What is folded into the weights of the channels that stay, shape [num_channels]."""
         return self.multipliers(training=False).detach()
 
-    # ---- what they share -------------------------------------------------------------------------------------------
-
     def attach(self) -> None:
         """Hang the gates on the model."""
         self._hooks.attach()
+
+    # ---- what they share -------------------------------------------------------------------------------------------
+
+    def effective(self, training: bool = True) -> Tensor:
+        """:meth:`multipliers` with zeros for resting channels, shape [num_channels]; gradients pass as if they were live."""
+        return self.without_resting(self.multipliers(training))
+
+    def without_resting(self, multipliers: Tensor) -> Tensor:
+        """Zeros for resting channels (last dimension), with the gradient of the given multipliers."""
+        return multipliers - (multipliers * self.resting).detach() if self._any_resting else multipliers
+
+    def awake(self) -> Tensor | None:
+        """1 for channels that take part, 0 for resting ones, shape [num_channels]; None when all take part."""
+        return (~self.resting).float() if self._any_resting else None
+
+    def rest(self, channels: Tensor) -> None:
+        """Mask exactly ``channels`` (bool, shape [num_channels]) for now; every other one takes part again."""
+        self.resting.copy_(channels)
+        self._any_resting = bool(channels.any())
 
     def detach(self) -> None:
         """Take them off; the model is as it was."""
@@ -153,7 +175,7 @@ class Gates(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, statistics, dead flags and optimizer state."""
-        tensors = {**self._parameters, **self.tensors(), "dead": self.dead}
+        tensors = {**self._parameters, **self.tensors(), "dead": self.dead, "resting": self.resting}
         return {
             "tensors": {name: t.detach().cpu().clone() for name, t in tensors.items()},
             "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
@@ -165,5 +187,6 @@ class Gates(ABC):
         tensors = {**self._parameters, **self.tensors(), "dead": self.dead}
         for name, tensor in tensors.items():
             tensor.copy_(state["tensors"][name])
+        self.rest(state["tensors"].get("resting", torch.zeros_like(self.dead)))
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])

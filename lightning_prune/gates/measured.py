@@ -1,4 +1,7 @@
-"""Methods that only measure while the network trains: Taylor (Molchanov 2019), OBD (LeCun 1990), APoZ (Hu 2016)."""
+"""Methods that only measure while the network trains: Taylor (Molchanov 2019), OBD (LeCun 1990), APoZ (Hu 2016).
+
+And the criteria that rank weights (:mod:`lightning_prune.criteria`), measured anew whenever they are asked.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,47 @@ from torch.utils.hooks import RemovableHandle
 
 from ..channels.groups import ChannelGraph
 from ..channels.trace import named_tensors
+from ..criteria import saliency as criterion_saliency
 from .attach import consumer_modules
 from .base import Gates, learned
 
+#: by default saliencies are taken and masks are chosen so many times in the learn phase
+_ROUNDS = 20
 
-class _Measured(Gates):
-    """A running mean of some statistic is the saliency; nothing is penalised, the final selection does all."""
+
+class Measured(Gates):
+    """A running mean of some statistic is the saliency; nothing is penalised, the masks follow the ramped budget.
+
+    Args:
+        model: see :class:`Gates`.
+        graph: see :class:`Gates`.
+        trainable: see :class:`Gates`.
+        lr: see :class:`Gates`.
+        snap_threshold: see :class:`Gates`.
+        steps: see :class:`Gates`.
+        interval: optimizer steps from one choice of masks to the next; by default a twentieth of the learn phase.
+    """
 
     penalised: ClassVar[bool] = False
     decay = 0.9
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, trainable: Tensor, lr: float,
-                 snap_threshold: float = 0.02, steps: int = 1) -> None:  # fmt: skip
+                 snap_threshold: float = 0.02, steps: int = 1, *, interval: int | None = None) -> None:  # fmt: skip
+        if interval is not None and interval < 1:
+            raise ValueError(f"interval must be a number of steps of at least 1; got {interval!r}")
+        self.interval = interval if interval is not None else max(1, steps // _ROUNDS)
         self.mean = torch.zeros(trainable.shape, device=trainable.device)
         self.count = torch.zeros((), dtype=torch.int64)
         super().__init__(model, graph, trainable, lr, snap_threshold, steps)
+
+    def attach(self) -> None:
+        """Nothing to hang but the masks of resting channels."""
+        if self.soft:
+            self._hooks.attach(awake=self.awake)
+
+    def final(self) -> Tensor:
+        """Ones: what stays is as it was trained."""
+        return torch.ones_like(self.trainable, dtype=torch.float32)
 
     def accumulate(self, value: Tensor) -> None:
         """Update the exponential mean (bias-corrected in :meth:`saliency`)."""
@@ -37,7 +66,7 @@ class _Measured(Gates):
         return self.mean / max(1 - self.decay ** int(self.count), 1e-12)
 
     def candidates(self) -> Tensor:
-        """Nothing is snapped while measuring."""
+        """Nothing is snapped by its own value."""
         return torch.empty(0, dtype=torch.int64, device=self.mean.device)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -46,8 +75,15 @@ class _Measured(Gates):
 
 
 @learned("taylor")
-class TaylorGates(_Measured):
-    """First-order Taylor importance ``(g dL/dg)^2`` of gates held at 1, after the norm (Molchanov et al. 2019, eq. 8)."""
+class TaylorGates(Measured):
+    """First-order Taylor importance ``(g dL/dg)^2`` of gates held at 1, after the norm (Molchanov et al. 2019, eq. 8).
+
+    Of a resting channel, whose gate is 0, it is the squared slope of the loss towards letting it in again.
+    """
+
+    def attach(self) -> None:
+        """Hang the gates on the consumers' weights: only there their gradient can be had."""
+        self._hooks.attach()
 
     def build(self) -> dict[str, nn.Parameter]:
         """Gates that never move; only their gradient counts."""
@@ -67,7 +103,7 @@ class TaylorGates(_Measured):
 
 
 @learned("obd")
-class OBDGates(_Measured):
+class OBDGates(Measured):
     """Optimal brain damage for whole channels: ``sum_i 1/2 h_ii w_i^2`` over the filters and biases that make a channel.
 
     The diagonal Hessian is estimated by the diagonal Fisher, the running mean of squared gradients of the loss (LeCun et
@@ -75,7 +111,7 @@ class OBDGates(_Measured):
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, trainable: Tensor, lr: float,
-                 snap_threshold: float = 0.02, steps: int = 1) -> None:  # fmt: skip
+                 snap_threshold: float = 0.02, steps: int = 1, **options: Any) -> None:  # fmt: skip
         tensors = named_tensors(model)
         self._pieces = []
         for group in graph.groups:
@@ -85,10 +121,7 @@ class OBDGates(_Measured):
                 self._pieces.append((tensors[member.tensor], member.dim, group.ids, index))
                 if bias != member.tensor and any(m.tensor == bias for m in group.members):
                     self._pieces.append((tensors[bias], 0, group.ids, index))
-        super().__init__(model, graph, trainable, lr, snap_threshold, steps)
-
-    def attach(self) -> None:
-        """Nothing to hang: the weights' own gradients are read."""
+        super().__init__(model, graph, trainable, lr, snap_threshold, steps, **options)
 
     @torch.no_grad()
     def update(self, strength: Tensor) -> None:
@@ -103,24 +136,26 @@ class OBDGates(_Measured):
 
 
 @learned("apoz")
-class APoZGates(_Measured):
+class APoZGates(Measured):
     """Average percentage of zeros (Hu et al. 2016): channels that are mostly zero when they are read matter least."""
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, trainable: Tensor, lr: float,
-                 snap_threshold: float = 0.02, steps: int = 1) -> None:  # fmt: skip
+                 snap_threshold: float = 0.02, steps: int = 1, **options: Any) -> None:  # fmt: skip
         self._modules = consumer_modules(model, graph)
         self._handles: list[RemovableHandle] = []
         self._live = torch.zeros(trainable.shape, device=trainable.device)
         self._reads = torch.zeros_like(self._live)
-        super().__init__(model, graph, trainable, lr, snap_threshold, steps)
+        super().__init__(model, graph, trainable, lr, snap_threshold, steps, **options)
 
     def attach(self) -> None:
         """Watch what consumers read."""
         for module in self._modules:
             self._handles.append(module.register_forward_pre_hook(self._watch))
+        super().attach()  # after the watching: what rests is counted as it arrives
 
     def detach(self) -> None:
         """Stop watching."""
+        super().detach()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -153,3 +188,37 @@ class APoZGates(_Measured):
         self.accumulate(self._live / self._reads.clamp_min(1))
         self._live.zero_()
         self._reads.zero_()
+
+
+class CriterionGates(Measured):
+    """A criterion that ranks weights, evaluated on the weights of the moment; pruned gradually like the measured methods.
+
+    Args:
+        model: see :class:`Gates`.
+        graph: see :class:`Gates`.
+        trainable: see :class:`Gates`.
+        lr: see :class:`Gates`.
+        snap_threshold: see :class:`Gates`.
+        steps: see :class:`Gates`.
+        criterion: name in :data:`lightning_prune.criteria.CRITERIA`.
+        seed: for ``"random"``.
+        interval: see :class:`Measured`.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, trainable: Tensor, lr: float,
+                 snap_threshold: float = 0.02, steps: int = 1, *, criterion: str, seed: int = 0,
+                 interval: int | None = None) -> None:  # fmt: skip
+        self._model, self._criterion, self._seed = model, criterion, seed
+        super().__init__(model, graph, trainable, lr, snap_threshold, steps, interval=interval)
+
+    def can_gate(self, model: nn.Module, graph: ChannelGraph) -> Tensor:
+        """All channels: those that nothing can gate are ranked as well."""
+        return torch.ones(graph.num_channels, dtype=torch.bool)
+
+    def update(self, strength: Tensor) -> None:
+        """Nothing to take in."""
+
+    def saliency(self) -> Tensor:
+        """The criterion's values, float64."""
+        values = criterion_saliency(self._criterion, self._model, self.graph, self._seed)
+        return torch.from_numpy(values).to(self.trainable.device)

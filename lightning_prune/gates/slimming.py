@@ -46,7 +46,9 @@ class SlimmingGates(Gates):
         return found
 
     def attach(self) -> None:
-        """Nothing to hang."""
+        """Nothing to hang but the masks of resting channels."""
+        if self.soft:
+            self._hooks.attach(awake=self.awake)
 
     def saliency(self) -> Tensor:
         """Mean ``|gamma|`` over the norms a channel passes."""

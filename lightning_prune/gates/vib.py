@@ -29,7 +29,7 @@ class VIBGates(Gates):
 
     def attach(self) -> None:
         """Hang the gates on the consumers' inputs."""
-        self._hooks.attach(per_sample=self.samples)
+        self._hooks.attach(per_sample=lambda batch: self.without_resting(self.samples(batch)))
 
     def samples(self, batch: int) -> Tensor:
         """One draw per sample, shape [batch, num_channels]."""

@@ -21,7 +21,8 @@ def main(devices: int, folder: str) -> None:
     module.net.bn = (
         nn.Identity()
     )  # per-rank batch statistics would make the two runs differ for a good reason
-    callback = ChannelPruning(target=0.5, warmup_epochs=1, learn_epochs=3, finetune_epochs=1, gate_lr=0.05)
+    callback = ChannelPruning(target=0.5, warmup_epochs=1, learn_epochs=3, finetune_epochs=1, gate_lr=0.05,
+                              distill=0.5, recalibrate=True, reentry_until=0.3)  # fmt: skip
     gates: list[torch.Tensor] = []
 
     steps: list[torch.Tensor] = []
