@@ -4,6 +4,8 @@
 #   make demo     the main job on real data; tables on the screen, numbers in runs/demo/metrics.json
 #   make test     lint, format check, types, the fast test suite
 #   make zoo      about 160 architectures through tracing and compaction (ARGS=--quick: a dozen)
+#   make accuracy every pruning method at equal budgets over five seeds, about an hour and a half of two cores;
+#                 goes on where it was stopped (ARGS=--quick: in miniature, ARGS=--report: only draw)
 #   make lint     only the checks;  make format  rewrites;  make clean  removes what was built
 
 SHELL := /bin/bash
@@ -24,7 +26,7 @@ CPP_SOURCES = $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name
 # A fresh virtual environment is not "activated"; ninja and the formatters must still be found.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-all zoo lint format clean
+.PHONY: help setup demo test test-all zoo accuracy lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -78,6 +80,9 @@ $(ZOO)/stamp: requirements/zoo.txt $(STAMPS)/extension
 
 zoo: $(ZOO)/stamp
 	$(ZOO)/bin/python benchmarks/zoo.py $(ARGS)
+
+accuracy: setup
+	$(BIN)/python benchmarks/accuracy.py --jobs $(JOBS) $(ARGS)
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -114,6 +114,79 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep_article(arguments: argparse.Namespace) -> int:
+    # Without a sleeping policy idle OpenMP threads of several workers spin on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from .experiments.article import METHODS, ArticleSweep, run_article
+
+    given = {
+        name: value
+        for name in (
+            "targets", "seeds", "epochs", "metric", "data_dir", "samples", "canvas", "widths", "batch_size", "lr", "l1", "l2",
+        )
+        if (value := getattr(arguments, name)) is not None
+    }  # fmt: skip
+    for name in ("epochs", "widths"):
+        if name in given:
+            given[name] = tuple(given[name])
+    complete = run_article(
+        ArticleSweep(methods=arguments.methods or METHODS, quick=arguments.quick, **given),
+        arguments.out,
+        storage=arguments.storage,
+        study=arguments.study,
+        jobs=arguments.jobs,
+        threads=arguments.threads,
+        report_only=arguments.report,
+    )
+    return 0 if complete else 1
+
+
+def _add_sweep(sub: argparse.ArgumentParser) -> None:
+    """Arguments of ``sweep article``; what is left out takes the article's values (see ``ArticleSweep``)."""
+    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="default: l1 l0 vib taylor slimming magnitude "
+                     "random first_k from_scratch from_scratch_compute; also obd, apoz, fpgm, magnitude_one_shot")  # fmt: skip
+    sub.add_argument(
+        "--targets",
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="shares to keep (default: 0.7 0.5 0.3 0.2 0.1)",
+    )
+    sub.add_argument(
+        "--metric", choices=("params", "macs"), help="of the shares (default: params, the weights)"
+    )
+    sub.add_argument("--seeds", type=int, help="fits per method and share (default: 5)")
+    sub.add_argument(
+        "--epochs", nargs=3, type=int, metavar=("WARMUP", "LEARN", "FINETUNE"), help="default: 6 3 6"
+    )
+    sub.add_argument(
+        "--data-dir",
+        help="folder of CIFAR-10 or CIFAR-100, binary or python version (default: cluttered digits)",
+    )
+    sub.add_argument(
+        "--samples", type=int, help="training samples (default: 4000 cluttered digits, all of CIFAR)"
+    )
+    sub.add_argument("--canvas", type=int, help="edge length of the cluttered digits (default: 20 pixels)")
+    sub.add_argument(
+        "--widths", nargs=5, type=int, metavar="N", help="channels per layer (default: 32 32 64 64 128)"
+    )
+    sub.add_argument("--batch-size", type=int, help="default: 32")
+    sub.add_argument("--lr", type=float, help="Adam's learning rate, decayed to zero (default: 0.0015)")
+    sub.add_argument("--l1", type=float, help="penalty on the absolute weights (default: 5e-5)")
+    sub.add_argument("--l2", type=float, help="penalty on the squared weights (default: 2.5e-4)")
+    sub.add_argument("--out", default="runs/article", help="folder for the results (default: %(default)s)")
+    sub.add_argument(
+        "--storage",
+        help="Optuna storage, sqlite:///FILE, another database URL or journal:FILE (default: sqlite in --out); "
+        "several calls with the same storage share the work",
+    )
+    sub.add_argument("--study", default="article", help="name within the storage (default: %(default)s)")
+    sub.add_argument("--jobs", type=int, default=1, help="worker processes (default: %(default)s)")
+    sub.add_argument("--threads", type=int, default=1, help="CPU threads per process (default: %(default)s)")
+    sub.add_argument("--quick", action="store_true", help="in miniature: a few seconds per fit")
+    sub.add_argument("--report", action="store_true", help="train nothing, draw what is in the storage")
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from .channels import trace_channels
     from .profiling import profile
@@ -204,6 +277,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--method", default="l1", help="how masks are found (default: %(default)s)")
 
+    sweep = commands.add_parser(
+        "sweep", help="compare methods at many budgets over several seeds; resumable, parallel"
+    )
+    experiments = sweep.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+    text = "the source article's experiment: accuracy against the share of weights removed"
+    article = experiments.add_parser("article", help=text, description=text)
+    article.set_defaults(run=_sweep_article)
+    _add_sweep(article)
+
     command("info", _info, "versions, and whether and how the compiled extension works here")
 
     inspect = command(
@@ -253,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
-    except (UsageError, PruneError, ValueError, ModuleNotFoundError) as error:
+    except (UsageError, PruneError, ValueError, ModuleNotFoundError, FileNotFoundError) as error:
         print(f"lightning-prune {arguments.command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough

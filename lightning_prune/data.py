@@ -351,6 +351,7 @@ class ClutteredDigitsDataModule(_InMemoryDataModule):
         num_test: test canvases.
         canvas: edge length in pixels.
         distractors: fragments per canvas.
+        digit_size: smallest and largest edge length of a digit's scan on the canvas, in pixels.
         shuffle_seed: of the order of training batches; None takes ``torch.initial_seed()``, what ``seed_everything``
             set.
     """
@@ -365,6 +366,7 @@ class ClutteredDigitsDataModule(_InMemoryDataModule):
         canvas: int = 32,
         distractors: int = 4,
         shuffle_seed: int | None = None,
+        digit_size: tuple[float, float] = (20.0, 28.0),
     ) -> None:
         super().__init__(batch_size, seed, shuffle_seed)
         self.sizes = {"train": num_train, "val": num_val, "test": num_test}
@@ -373,6 +375,7 @@ class ClutteredDigitsDataModule(_InMemoryDataModule):
                 raise ValueError(f"num_{part} must be positive, got {size}")
         self.canvas = canvas
         self.distractors = distractors
+        self.digit_size = digit_size
         self.input_shape = (3, canvas, canvas)
 
     def _make(self) -> dict[str, TensorPairs]:
@@ -385,6 +388,7 @@ class ClutteredDigitsDataModule(_InMemoryDataModule):
                 self.sizes[part],
                 canvas=self.canvas,
                 distractors=self.distractors,
+                digit_size=self.digit_size,
                 seed=self.seed * len(PARTS) + number,
             )
             made[part] = TensorPairs(inputs.mul_(2).sub_(1), targets)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure that needs no display and leaves matplotlib's global state alone."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,7 +27,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a PNG file; missing folders are made. Returns the path."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=100)
@@ -48,7 +49,7 @@ def plot_samples(
     Returns:
         The path.
     """
-    figure = _figure(1.2 * columns, 3.0)
+    figure = new_figure(1.2 * columns, 3.0)
     axes = figure.subplots(2, columns)
     figure.suptitle(title)
     for axis, image, label in zip(axes.flat, data.inputs, data.labels, strict=False):
@@ -56,7 +57,7 @@ def plot_samples(
         axis.set_title(str(int(label)), fontsize=9)
     for axis in axes.flat:
         axis.axis("off")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_gates(
@@ -80,7 +81,7 @@ def plot_gates(
     if not records:
         raise ValueError(f"no record of the history has gates (records: {len(history)}); nothing to draw")
     groups = list(records[0]["gates"])
-    figure = _figure(3.0 * len(groups), 3.0)
+    figure = new_figure(3.0 * len(groups), 3.0)
     axes = figure.subplots(1, len(groups), squeeze=False)[0]
     figure.suptitle(title)
     epochs = [int(record["epoch"]) for record in records]
@@ -91,4 +92,4 @@ def plot_gates(
         axis.set_title(f"{group}: {live} of {len(values[-1])} live", fontsize=9)
         axis.set_xlabel("epoch")
     axes[0].set_ylabel("mask value")
-    return _save(figure, path)
+    return save_figure(figure, path)
