@@ -22,7 +22,6 @@ from ..callback import ChannelPruning
 from ..compaction import CompactionPlan
 from ..config import PruneConfig
 from ..fit import PruningFit
-from ..gates import LEARNED
 from ..init import from_scratch
 from ..latency import evaluating
 from ..profiling import profile
@@ -239,14 +238,12 @@ def run_trial(setting: Setting, trial: Trial, folder: Path, needed: TrialResult 
 
 
 def pruning_callback(setting: Setting, trial: Trial, data: Data) -> ChannelPruning:
-    """The callback of a trial. Criteria rank after warmup and learn epochs, when learned masks are selected too."""
+    """The callback of a trial: every method learns or prunes gradually in the learn epochs, but for one-shot magnitude."""
     warmup, learn, finetune = setting.epochs
     one_shot = trial.method == "magnitude_one_shot"
     method = "magnitude" if one_shot else trial.method
     if one_shot:
-        finetune += learn
-    elif method not in LEARNED:
-        warmup += learn
+        learn, finetune = 0, learn + finetune
     return ChannelPruning(
         target=trial.target,
         metric=setting.metric,
@@ -283,7 +280,7 @@ def _prune(fit: Fit) -> TrialResult:
     if small is None or plan is None or report is None:
         raise RuntimeError(f"{trial}: the fit ended without a compact network")
     learned = [record for record in pruning.history if record["phase"] == "learn"]
-    reached = float(learned[-1]["macs"]) / report.macs_dense if learned else None
+    reached = float(learned[-1]["macs"]) / report.macs_dense if learned and pruning.config.penalised else None
     epochs = setting.total_epochs
     result = fit.result(
         small, module, epochs, seconds, widths=dict(report.widths), reached=reached, plan=plan.to_json()

@@ -17,6 +17,7 @@ from .trials import Setting, Trial, TrialResult
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.study import Study
 
 #: a running trial whose process has not been heard of for so long (seconds) is taken up again
 LEASE = 300.0
@@ -87,7 +88,7 @@ class TrialStore:
     def __init__(self, storage: str, name: str, settings: Sequence[Setting] = ()) -> None:
         optuna = _optuna()
         self._states = optuna.trial.TrialState
-        self.study: optuna.study.Study = optuna.create_study(
+        self.study: Study = optuna.create_study(
             storage=open_storage(storage),
             study_name=name,
             direction="maximize",

@@ -219,7 +219,7 @@ class TrialResult:
         seconds: CPU time of the training, the shared warmup included.
         widths: group -> (live channels, size); empty for methods without channel groups.
         reached: share of the dense MACs that the penalty alone had reached at the end of learning, before the hard
-            selection; None for methods that learn no masks.
+            selection; None for methods without a penalty.
         plan: the compaction plan as JSON data, where a later trial needs it.
     """
 
