@@ -135,7 +135,7 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
 
     kernels = [
         ninja.compile("cxx", CSRC / "kernels/cpu" / f"{name}.cpp")
-        for name in ("conv_portable", "dispatch", "masked_conv2d", "compact_conv2d")
+        for name in ("conv_portable", "dispatch", "masked_conv2d", "compact_conv2d", "segment")
     ]
     level = ninja.compile("cxx", CSRC / "kernels/cpu/cpu_level.cpp")
     if x86:

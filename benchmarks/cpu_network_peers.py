@@ -188,7 +188,9 @@ def serve(
                 model = torch.load(file, weights_only=False)
                 calls[variant] = RUNTIMES[runtime](model, x, threads)
                 y = calls[variant]()
-                errors[variant] = float((y.double() - truth[variant]).abs().max() / truth[variant].abs().max())
+                errors[variant] = float(
+                    (y.double() - truth[variant]).abs().max() / truth[variant].abs().max()
+                )
             pipe.send(errors)
             while (variant := pipe.recv()) is not None:
                 pipe.send(_timed(calls[variant]))

@@ -18,6 +18,7 @@ from ..latency import compare_latency
 from .choice import FORMATS, backend, can_run_own, own_wins
 from .cuda_graph import CapturedCall, signature
 from .recorded import RecordedBlueprint
+from .segment import in_segments
 from .sites import Blueprint, ConvSite
 from .symbolic import SymbolicBlueprint
 
@@ -239,7 +240,23 @@ def _candidates(
             network = clone_model(blueprint.build(modules)).to(dtype).to(memory_format=FORMATS[name])  # type: ignore[call-overload]
             layers = {site.name: kind for site, kind in zip(blueprint.sites, choice, strict=True)}
             found.append(OptimizedModule(network, name, dtype, layers, cuda_graph))
-    return found
+    return found if mode == "vendor" else found + _segmented(blueprint, dtype)
+
+
+def _segmented(blueprint: Blueprint, dtype: torch.dtype | None) -> list[OptimizedModule]:
+    """Networks whose runs of layers are single calls: everything ours, since a call of torch would cut a run in two."""
+    weights = [site.conv.weight for site in blueprint.sites]
+    if not weights or any(w.is_cuda or (dtype or w.dtype) is not torch.float32 for w in weights):
+        return []
+    able = [can_run_own(site, torch.float32, site.conv.weight.device) for site in blueprint.sites]
+    modules: list[nn.Module] = [
+        (site.own() if own else None) or site.vendor()
+        for site, own in zip(blueprint.sites, able, strict=True)
+    ]
+    network = clone_model(blueprint.build(modules)).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layers = {site.name: "own" if own else "vendor" for site, own in zip(blueprint.sites, able, strict=True)}
+    batch = blueprint.sites[0].shape[0]
+    return [OptimizedModule(n, "channels_last", dtype, layers) for n in in_segments(network, batch)]
 
 
 def _kind(site: ConvSite, dtype: torch.dtype | None, mode: str, memory_format: str) -> str:

@@ -188,6 +188,7 @@ class SymbolicBlueprint:
                 arguments += (copies[residual],)
             with graph.inserting_before(last):
                 fused = graph.call_module(name, arguments)
+            fused.meta = dict(last.meta)
             last.replace_all_uses_with(fused)
             for node in reversed(span):
                 graph.erase_node(copies[node])

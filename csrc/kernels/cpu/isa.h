@@ -27,6 +27,7 @@ namespace LP_ISA {
 #include "tiles.h"
 #include "pointwise.h"
 #include "depthwise.h"
+#include "pool.h"
 #include "conv.h"
 #include "winograd.h"
 #include "weight_grad.h"
@@ -45,7 +46,8 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
       {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
       {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>},
       LP_ISA::winograd_weight,
-      LP_ISA::winograd_weight_grad};
+      LP_ISA::winograd_weight_grad,
+      LP_ISA::max_pool};
   return table;
 }
 

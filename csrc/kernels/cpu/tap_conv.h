@@ -61,6 +61,13 @@ struct ActGrad {
   Act act;
 };
 
+// Dense channels-last float32 maps; every window reaches into the map.
+struct MaxPool {
+  const float* x;
+  float* y;
+  int64_t n, channels, height, width, kh, kw, stride_h, stride_w, pad_h, pad_w, out_h, out_w;
+};
+
 struct CpuKernels {
   const char* name;
   void (*conv[4])(const TapConv&, const Env&);             // by DType
@@ -71,6 +78,7 @@ struct CpuKernels {
   void (*act_grad[2])(const ActGrad&, const Env&);
   void (*winograd_weight)(const WinogradWeight&, int tile, const Env&);
   void (*winograd_weight_grad)(const TapWeightGrad&, int tile, const Env&);  // float32, one group, 3x3, stride 1, one part
+  void (*max_pool)(const MaxPool&, const Env&);
 };
 
 const CpuKernels& cpu_kernels_portable();

@@ -1,0 +1,100 @@
+// Binding of compact_segment: checks a program once per call, so that no number in it can reach outside of a tensor.
+#include "../kernels/cpu/segment.h"
+
+#include <cstring>
+
+#include "binding.h"
+#include "launch.h"
+
+namespace lp {
+namespace {
+
+constexpr const char* kOp = "compact_segment";
+
+void check(bool ok, int64_t step, const char* what) {
+  if (!ok) fail(kOp, ": step ", step, " of the program is damaged: ", what, " (make programs with inference/segment.py)");
+}
+
+int64_t extent(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  const int64_t span = size + 2 * pad - dilation * (kernel - 1) - 1;
+  return span < 0 ? -1 : span / stride + 1;
+}
+
+void check_place(const SegmentHeader& h, int64_t i, int64_t place, int64_t c, int64_t height, int64_t width) {
+  if (place == kFromInput)
+    check(c == h.x_c && height == h.x_h && width == h.x_w, i, "the input's shape");
+  else if (place == kToOutput)
+    check(c == h.y_c && height == h.y_h && width == h.y_w, i, "the output's shape");
+  else
+    check(place >= 0 && c > 0 && height > 0 && width > 0 && place + c * height * width <= h.arena, i, "a place in the arena");
+}
+
+void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::vector<Tensor>& tensors) {
+  check(t.kind == kConv || t.kind == kMaxPool, i, "its kind");
+  check(t.in != kToOutput && t.out != kFromInput && t.residual != kToOutput && t.out != t.in, i, "its places");
+  check_place(h, i, t.in, t.channels, t.height, t.width);
+  check_place(h, i, t.out, t.outputs, t.out_h, t.out_w);
+  if (t.residual != kNone) check_place(h, i, t.residual, t.outputs, t.out_h, t.out_w);
+  check(t.kh > 0 && t.kw > 0 && t.stride_h > 0 && t.stride_w > 0 && t.dil_h > 0 && t.dil_w > 0 && t.pad_h >= 0 && t.pad_w >= 0,
+        i, "its window");
+  check(t.out_h == extent(t.height, t.kh, t.stride_h, t.pad_h, t.dil_h) &&
+            t.out_w == extent(t.width, t.kw, t.stride_w, t.pad_w, t.dil_w),
+        i, "its output's size");
+  if (t.kind == kMaxPool) {
+    check(t.channels == t.outputs && 2 * t.pad_h <= t.kh && 2 * t.pad_w <= t.kw && t.dil_h == 1 && t.dil_w == 1 &&
+              t.in != kFromInput && t.residual == kNone,
+          i, "its pooling window");
+    return;
+  }
+  const int64_t count = int64_t(tensors.size());
+  check(t.weight >= 0 && t.weight < count && t.bias >= kNone && t.bias < count, i, "its tensors");
+  check(t.groups > 0 && t.channels % t.groups == 0 && t.outputs % t.groups == 0 && t.act >= 0 && t.act <= 6, i, "its groups");
+  t.tile = packed_tile(tensors[size_t(t.weight)].numel(), t.outputs, t.channels / t.groups, t.kh, t.kw, t.groups);
+  check(t.tile >= 0, i, "the size of its weight");
+  check(t.bias == kNone || tensors[size_t(t.bias)].numel() == t.outputs, i, "the size of its bias");
+}
+
+Tensor compact_segment(const Tensor& x, const std::vector<Tensor>& tensors, const Tensor& program) {
+  if (program.dim() != 1 || program.scalar_type() != ScalarType::Long || program.is_cuda() || !program.is_contiguous())
+    fail(kOp, ": program must be a contiguous 1-D int64 tensor on the CPU; got ", dtype_name(program.scalar_type()),
+         " of shape ", show_shape(program));
+  constexpr int64_t head = sizeof(SegmentHeader) / 8, each = sizeof(SegmentStep) / 8;
+  const auto* numbers = static_cast<const int64_t*>(program.data_ptr());
+  SegmentHeader h{};
+  if (program.size(0) >= head) std::memcpy(&h, numbers, sizeof(h));
+  if (h.version != 1 || h.steps < 1 || program.size(0) != head + h.steps * each || h.arena < 0 || h.slice < 1)
+    fail(kOp, ": program is damaged or from another version");
+  if (x.dim() != 4 || x.is_cuda() || x.scalar_type() != ScalarType::Float || x.size(1) != h.x_c || x.size(2) != h.x_h ||
+      x.size(3) != h.x_w)
+    fail(kOp, ": x must be float32 of shape (N, ", h.x_c, ", ", h.x_h, ", ", h.x_w, ") on the CPU; got ",
+         dtype_name(x.scalar_type()), " of shape ", show_shape(x));
+  std::vector<const float*> data;
+  data.reserve(tensors.size());
+  for (const Tensor& t : tensors) {
+    if (t.scalar_type() != ScalarType::Float || t.is_cuda() || t.dim() != 1 || !t.is_contiguous())
+      fail(kOp, ": every weight and bias must be a contiguous 1-D float32 tensor on the CPU; got ", dtype_name(t.scalar_type()),
+           " of shape ", show_shape(t));
+    data.push_back(static_cast<const float*>(t.data_ptr()));
+  }
+  std::vector<SegmentStep> steps(size_t(h.steps), SegmentStep{});
+  std::memcpy(steps.data(), numbers + head, steps.size() * sizeof(SegmentStep));
+  for (int64_t i = 0; i < h.steps; ++i) check_step(h, steps[size_t(i)], i, tensors);
+  if (steps.back().out != kToOutput) fail(kOp, ": the last step of the program must write the output");
+  const int64_t n = x.size(0);
+  h.slice = std::min(h.slice, std::max<int64_t>(1, n));
+  const Sizes shape{n, h.y_c, h.y_h, h.y_w};
+  Tensor y = torch::stable::empty(shape, x.scalar_type(), std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  Scratch scratch(x);
+  run_segment_cpu(Segment{&h, steps.data(), data.data(), view_of(x), static_cast<float*>(y.data_ptr()), n}, scratch.env());
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
+  m.def("compact_segment(Tensor x, Tensor[] tensors, Tensor program) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) { m.impl("compact_segment", TORCH_BOX(&compact_segment)); }
+
+}  // namespace lp

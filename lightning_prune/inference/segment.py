@@ -1,0 +1,281 @@
+"""Runs of convolutions and max-pools as one call of a compiled operator: no Python, no allocation between layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..nn import CompactConv2d
+from ..ops import ACTIVATIONS
+
+#: fewer layers than this gain too little
+MIN_STEPS = 3
+# The program's numbers; csrc/kernels/cpu/segment.h has the same.
+_VERSION, _NONE, _INPUT, _OUTPUT = 1, -1, -2, -3
+_CONV, _MAX_POOL = 0, 1
+_ALIGN = 16  # floats
+Shape = tuple[int, int, int]
+
+
+class CompactSegment(nn.Module):
+    """A run of layers with one input and one output, as one call.
+
+    Maps of the layers between lie in one arena, where they take each other's place as soon as nobody reads them any
+    more, and the batch goes through all layers slice by slice, so that a layer finds in the cache what the one before
+    it wrote. Other shapes, dtypes and devices than the planned ones, and inputs that require a gradient, run layer by layer.
+
+    Args:
+        layers: what the segment computes.
+        convolutions: its convolutions in the order of the program, each with the name of its module in ``layers``.
+        program: int64, see ``csrc/kernels/cpu/segment.h``.
+        shape: (C, H, W) of the input that the program was made for.
+    """
+
+    program: Tensor
+
+    def __init__(self, layers: nn.Module, convolutions: Sequence[str], program: Tensor, shape: Shape) -> None:
+        super().__init__()
+        self.layers = layers
+        self.shape = shape
+        self._names = tuple(convolutions)
+        self.register_buffer("program", program, persistent=False)
+        self.eval()
+
+    @property
+    def slice(self) -> int:
+        """Images that go through all layers together."""
+        return int(self.program[9])
+
+    def with_slice(self, images: int) -> CompactSegment:
+        """The same weights and layers, another slice."""
+        program = self.program.clone()
+        program[9] = images
+        return CompactSegment(self.layers, self._names, program, self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layers compute.
+
+        Args:
+            x: (N, C, H, W).
+        """
+        if x.shape[1:] != self.shape or not self._can_run(x):
+            y: Tensor = self.layers(x)
+            return y
+        tensors: list[Tensor] = []
+        for name in self._names:
+            buffers = self.layers._modules[name]._buffers  # type: ignore[union-attr]
+            packed, bias = buffers["packed"], buffers["bias"]
+            assert packed is not None
+            tensors += (packed, packed if bias is None else bias)
+        result: Tensor = torch.ops.lightning_prune.compact_segment(x, tensors, self.program)
+        return result
+
+    def _can_run(self, x: Tensor) -> bool:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or self.program.device.type != "cpu":
+            return False
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        first = self.layers._modules[self._names[0]]
+        return isinstance(first, CompactConv2d) and first.packed.dtype == torch.float32
+
+    def extra_repr(self) -> str:
+        """How many convolutions, for which input, how many images at a time."""
+        return f"{len(self._names)} convolutions, input={self.shape}, slice={self.slice}"
+
+
+@dataclass
+class _Arena:
+    """Places for maps of known lifetime, first fit."""
+
+    size: int = 0
+    live: dict[Any, tuple[int, int]] = field(default_factory=dict)  # key -> (begin, end)
+
+    def take(self, key: Any, floats: int) -> int:
+        floats = -(-floats // _ALIGN) * _ALIGN
+        at = 0
+        for begin, end in sorted(self.live.values()):
+            if begin - at >= floats:
+                break
+            at = max(at, end)
+        self.live[key] = (at, at + floats)
+        self.size = max(self.size, at + floats)
+        return at
+
+    def free(self, key: Any) -> None:
+        self.live.pop(key, None)
+
+
+def in_segments(network: nn.Module, batch: int) -> list[nn.Module]:
+    """The network with its runs of convolutions and max-pools as :class:`CompactSegment`, for several slices of the batch.
+
+    Args:
+        network: a GraphModule whose nodes know their shapes (``meta["seen"]``); not changed, its weights are shared.
+        batch: images per call.
+
+    Returns:
+        Networks to choose from; none where there is no run of ``MIN_STEPS`` layers.
+    """
+    if not isinstance(network, fx.GraphModule):
+        return []
+    runs = [run for run in _runs(network) if len(run) >= MIN_STEPS]
+    if not runs:
+        return []
+    slices = sorted({max(1, batch // parts) for parts in (1, 2, 4, 8)})
+    segments = [_segment(network, run) for run in runs]
+    return [_replaced(network, runs, [s.with_slice(images) for s in segments]) for images in slices]
+
+
+def _shape(node: fx.Node) -> Shape | None:
+    seen = node.meta.get("seen")
+    if seen is None or len(seen[0]) != 4 or seen[1] is not torch.float32:
+        return None
+    _, channels, height, width = seen[0]
+    return channels, height, width
+
+
+def _supported(network: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op != "call_module" or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
+        return False
+    inputs = [a for a in node.args if isinstance(a, fx.Node)]
+    if any(shape is None or min(shape) < 1 for shape in map(_shape, (node, *inputs))):
+        return False
+    module = network.get_submodule(str(node.target))
+    if isinstance(module, CompactConv2d):
+        plain = module.in_index is None and module.out_index is None and module.packed.dtype == torch.float32
+        return plain and module.packed.device.type == "cpu"
+    if type(module) is not nn.MaxPool2d or len(inputs) != 1:
+        return False
+    return (
+        not module.return_indices
+        and not module.ceil_mode
+        and _pair(module.dilation) == (1, 1)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def _runs(network: fx.GraphModule) -> list[list[fx.Node]]:
+    """Neighbours in the order of execution that read one tensor from outside and of which only the last is read outside."""
+    runs: list[list[fx.Node]] = []
+    run: list[fx.Node] = []
+    source: fx.Node | None = None
+
+    def close() -> None:
+        while run and any(set(n.users) - set(run) for n in run[:-1]):
+            run.pop()
+        if run:
+            runs.append(list(run))
+        run.clear()
+
+    for node in network.graph.nodes:
+        if _supported(network, node):
+            outside = [n for n in node.all_input_nodes if n not in run]
+            pool_first = not run and isinstance(network.get_submodule(str(node.target)), nn.MaxPool2d)
+            if run and any(n is not source for n in outside):
+                close()
+                outside = list(node.all_input_nodes)
+            if (run or len(outside) == 1) and not pool_first and not _pools(network, node, outside):
+                source = source if run else outside[0]
+                run.append(node)
+                continue
+        close()
+    close()
+    return runs
+
+
+def _pools(network: fx.GraphModule, node: fx.Node, outside: list[fx.Node]) -> bool:
+    """Whether this is a pooling of the segment's input, which may have any strides."""
+    return bool(outside) and isinstance(network.get_submodule(str(node.target)), nn.MaxPool2d)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _segment(network: fx.GraphModule, run: list[fx.Node]) -> CompactSegment:
+    source = next(n for n in run[0].all_input_nodes if n not in run)
+    graph = fx.Graph()
+    copies = {source: graph.placeholder("x")}
+    names = {node: f"layer_{number}" for number, node in enumerate(run)}
+    root: dict[str, Any] = {}
+    for node in run:
+        root[names[node]] = network.get_submodule(str(node.target))
+        copies[node] = graph.call_module(
+            names[node], tuple(copies[a] for a in node.args if isinstance(a, fx.Node))
+        )
+    graph.output(copies[run[-1]])
+    layers = fx.GraphModule(root, graph, "Layers")
+    last_reader = {a: i for i, node in enumerate(run) for a in node.all_input_nodes}
+    arena, places = _Arena(), {source: _INPUT}
+    steps: list[int] = []
+    convolutions: list[str] = []
+    for i, node in enumerate(run):
+        channels, height, width = _known(node)
+        if node is run[-1]:
+            places[node] = _OUTPUT
+        else:
+            places[node] = arena.take(node, channels * height * width)
+        inputs = [a for a in node.args if isinstance(a, fx.Node)]
+        maps = [places[inputs[0]], places[node], places[inputs[1]] if len(inputs) > 1 else _NONE]
+        shapes = [*_known(inputs[0]), channels, height, width]
+        module = root[names[node]]
+        if isinstance(module, CompactConv2d):
+            weight = 2 * len(convolutions)
+            bias = _NONE if module.bias is None else weight + 1
+            convolutions.append(names[node])
+            settings = [weight, bias, list(ACTIVATIONS).index(module.activation)]
+            window = [*module.weight_shape[2:], *module.stride, *module.padding, *module.dilation]
+            steps += [_CONV, *maps, *settings, *shapes, *window, module.groups, 0]
+        else:
+            kernel, padding = _pair(module.kernel_size), _pair(module.padding)
+            window = [*kernel, *_pair(module.stride or kernel), *padding, 1, 1]
+            steps += [_MAX_POOL, *maps, 0, _NONE, 0, *shapes, *window, 1, 0]
+        for old in inputs:
+            if last_reader[old] == i:
+                arena.free(old)
+    first, last = _known(source), _known(run[-1])
+    header = [_VERSION, len(run), *first, *last, arena.size, 1]
+    program = torch.tensor([*header, *steps], dtype=torch.int64)
+    return CompactSegment(layers, convolutions, program, first)
+
+
+def _known(node: fx.Node) -> Shape:
+    shape = _shape(node)
+    assert shape is not None
+    return shape
+
+
+def _replaced(
+    network: fx.GraphModule, runs: list[list[fx.Node]], segments: list[CompactSegment]
+) -> nn.Module:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(network.graph, copies)
+    graph.output(output)
+    root: dict[str, Any] = {}
+    for number, (run, segment) in enumerate(zip(runs, segments, strict=True)):
+        name = f"segment_{number}"
+        root[name] = segment
+        source = next(n for n in run[0].all_input_nodes if n not in run)
+        last = copies[run[-1]]
+        with graph.inserting_before(copies[run[0]]):
+            call = graph.call_module(name, (copies[source],))
+        last.replace_all_uses_with(call)
+        for node in reversed(run):
+            graph.erase_node(copies[node])
+        copies[run[-1]] = call
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr") and node.target not in root:
+            value: Any = network
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            root[str(node.target)] = value
+    graph.lint()
+    return fx.GraphModule(root, graph, type(network).__name__).eval()
+
+
+__all__ = ["CompactSegment", "in_segments"]

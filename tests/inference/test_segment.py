@@ -1,0 +1,200 @@
+"""Runs of layers as one call: the same numbers as torch in float64, whatever the network, slice, threads and input."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_prune import ops, optimize_for_inference
+from lightning_prune.inference import optimize
+from lightning_prune.inference.segment import CompactSegment
+from lightning_prune.inference.symbolic import SymbolicBlueprint
+
+pytestmark = pytest.mark.skipif(not ops.extension_available(), reason="no compiled extension")
+
+
+def unit(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=groups == 1)
+    norm = nn.BatchNorm2d(outputs)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    nn.init.normal_(norm.running_mean)
+    return [conv, norm]
+
+
+class Branches(nn.Module):
+    """Pool, residual sums with and without a convolution in the shortcut, depthwise, an early map that is read late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*unit(3, 19, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.body = nn.Sequential(*unit(19, 13), nn.ReLU(), *unit(13, 19))
+        self.down = nn.Sequential(
+            *unit(19, 37, 1), nn.ReLU6(), *unit(37, 37, 3, 2, 37), nn.ReLU6(), *unit(37, 21, 1)
+        )
+        self.shortcut = nn.Sequential(*unit(19, 21, 1, 2))
+        self.head = nn.Linear(21, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.body(x) + x)
+        x = torch.relu(self.down(x) + self.shortcut(x))
+        y: Tensor = self.head(x.mean((2, 3)))
+        return y
+
+
+def segmented(model: nn.Module, x: Tensor) -> list[nn.Module]:
+    """All networks with segments, slices ascending."""
+    networks = optimize._segmented(SymbolicBlueprint(copy.deepcopy(model.eval()), x), None)
+    return [network.eval() for network in networks]
+
+
+def segments(network: nn.Module) -> list[CompactSegment]:
+    return [module for module in network.modules() if isinstance(module, CompactSegment)]
+
+
+def error(network: nn.Module, model: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double())
+        return float((network(x).double() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_equals_float64_for_every_slice(batch: int) -> None:
+    model, x = Branches().eval(), torch.randn(batch, 3, 30, 34)
+    found = segmented(model, x)
+    assert [segments(n)[0].slice for n in found] == ([1] if batch == 1 else [1, 2, 5])
+    for network in found:
+        assert len(segments(network)) == 1
+        for given_x in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(3, 3, 30, 34)):
+            assert error(network, model, given_x) < 2e-6
+        assert network(torch.randn(0, 3, 30, 34)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_threads_do_not_change_the_numbers(batch: int) -> None:
+    x = torch.randn(batch, 3, 24, 24)
+    for network in segmented(Branches().eval(), x):
+        expected = network(x)
+        try:
+            torch.set_num_threads(2)
+            found = network(x)
+        finally:
+            torch.set_num_threads(1)
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["size", "double", "gradient"])
+def test_what_the_program_was_not_made_for_runs_layer_by_layer(case: str) -> None:
+    model, x = Branches().eval(), torch.randn(2, 3, 24, 24)
+    network = segmented(model, x)[0]
+    if case == "size":
+        assert error(network, model, torch.randn(2, 3, 40, 28)) < 2e-6
+    elif case == "double":
+        assert network.double()(x.double()).dtype == torch.float64
+        assert error(network, model, x.double()) < 2e-6
+        assert error(network.float(), model, x) < 2e-6
+    else:
+        leaf = x.clone().requires_grad_()
+        twin = x.clone().requires_grad_()
+        network(leaf).square().sum().backward()
+        model.requires_grad_(False)(twin).square().sum().backward()
+        assert leaf.grad is not None
+        assert twin.grad is not None
+        assert torch.allclose(leaf.grad, twin.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_map_that_is_read_outside_ends_the_segment() -> None:
+    class Tapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)])
+            self.second = nn.Sequential(*[nn.Conv2d(8, 8, 1) for _ in range(3)])
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            early = self.first(x)
+            return early, self.second(early)
+
+    model, x = Tapped().eval(), torch.randn(2, 8, 9, 9)
+    for network in segmented(model, x):
+        with torch.no_grad():
+            for mine, expected in zip(network(x), model(x), strict=True):
+                assert torch.allclose(mine, expected, atol=1e-5)
+        assert segments(network)
+
+
+def test_weights_that_are_loaded_or_moved_are_used() -> None:
+    model, x = Branches().eval(), torch.randn(2, 3, 24, 24)
+    network = segmented(model, x)[0]
+    other = segmented(Branches().eval(), x)[0]
+    with torch.no_grad():
+        expected = other(x)
+        network.load_state_dict(other.state_dict())
+        assert torch.equal(network(x), expected)
+        for twin in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+            assert torch.equal(twin(x), expected)
+        buffer = io.BytesIO()
+        torch.save(other, buffer)
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
+
+
+def test_is_a_candidate_and_wins_where_calls_cost_more_than_work() -> None:
+    model = nn.Sequential(*[m for _ in range(12) for m in (*unit(9, 9), nn.ReLU())]).eval()
+    fast = optimize_for_inference(model, torch.randn(1, 9, 6, 6))
+    assert segments(fast)
+    assert error(fast, model, torch.randn(3, 9, 6, 6)) < 1e-5
+
+
+def test_nothing_ours_in_a_network_that_must_be_the_vendors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_PRUNE_BACKEND", "vendor")
+    assert not segments(optimize_for_inference(Branches().eval(), torch.randn(1, 3, 24, 24)))
+
+
+@pytest.mark.parametrize("word", range(10 + 23))
+def test_a_damaged_program_is_refused_or_harmless(word: int) -> None:
+    network = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)]).eval()
+    x = torch.randn(1, 4, 5, 5)
+    segment = segments(segmented(network, x)[0])[0]
+    good = segment.program.clone()
+    for value in (-7, 10**6):
+        segment.program = good.clone()
+        segment.program[word] = value
+        # A large arena, a long slice; the tile, which the operator fills in.
+        if (word in (8, 9) and value > 0) or word == 10 + 22:
+            segment(x)
+        else:
+            with pytest.raises(RuntimeError, match="program|x must"):
+                segment(x)
+    segment.program = good[:-1].clone()
+    with pytest.raises(RuntimeError, match="program is damaged"):
+        segment(x)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    channels=st.integers(1, 40),
+    window=st.sampled_from([(2, 2, 0), (3, 2, 1), (3, 1, 1), (2, 1, 0), (5, 3, 2)]),
+    height=st.integers(5, 12),
+    width=st.integers(5, 12),
+    nans=st.booleans(),
+)
+def test_max_pool(channels: int, window: tuple[int, int, int], height: int, width: int, nans: bool) -> None:
+    kernel, stride, padding = window
+    pool = nn.MaxPool2d(kernel, stride, padding)
+    convolutions = [nn.Conv2d(channels, channels, 1, groups=channels, bias=False) for _ in range(2)]
+    for conv in convolutions:
+        nn.init.ones_(conv.weight)
+    model = nn.Sequential(convolutions[0], pool, convolutions[1]).eval()
+    x = torch.randn(3, channels, height, width)
+    network = segmented(model, x)[0]
+    assert segments(network)
+    x = torch.where(x > 2, torch.nan, x) if nans else x
+    with torch.no_grad():
+        assert torch.equal(network(x).nan_to_num(99.0), pool(x).nan_to_num(99.0))
