@@ -168,7 +168,11 @@ def _add_sweep(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--canvas", type=int, help="edge length of the cluttered digits (default: 20 pixels)")
     sub.add_argument(
-        "--widths", nargs=5, type=int, metavar="N", help="channels per layer (default: 32 32 64 64 128)"
+        "--widths",
+        nargs=5,
+        type=int,
+        metavar="N",
+        help="channels per layer (default: 32 32 64 64 128, CIFAR-100 twice that)",
     )
     sub.add_argument("--batch-size", type=int, help="default: 32")
     sub.add_argument("--lr", type=float, help="Adam's learning rate, decayed to zero (default: 0.0015)")

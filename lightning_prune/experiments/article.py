@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 
 from ..config import check_fraction, check_positive
+from ..data.cifar import find_cifar
 from ..report import write_json
 from .present import accuracy_table, document, networks, plot_accuracy
 from .runner import check_trial
-from .settings import article_settings, cluttered_digits
+from .settings import article_settings, cifar, cluttered_digits
 from .store import TrialStore
 from .summary import summarise
 from .trials import FROM_SCRATCH, Setting, Trial, check_methods, grid
@@ -39,7 +40,8 @@ class ArticleSweep:
         data_dir: folder of CIFAR-10 or CIFAR-100 in a published layout; None draws cluttered digits.
         samples: training samples (None: all there are; cluttered digits: 4000).
         canvas: edge length of the cluttered digits in pixels.
-        widths: of :class:`~lightning_prune.models.ArticleNet`.
+        widths: of :class:`~lightning_prune.models.ArticleNet`; None: 32, 32, 64, 64, 128, and twice that for CIFAR-100,
+            for which the article's network is wider, too.
         batch_size: of training.
         lr: Adam's, decayed to zero by a cosine.
         l1: penalty on the absolute weights.
@@ -55,7 +57,7 @@ class ArticleSweep:
     data_dir: str | os.PathLike[str] | None = None
     samples: int | None = None
     canvas: int = 20
-    widths: tuple[int, ...] = (32, 32, 64, 64, 128)
+    widths: tuple[int, ...] | None = None
     batch_size: int = 32
     lr: float = 1.5e-3
     l1: float = 5e-5
@@ -90,6 +92,7 @@ class ArticleSweep:
     def settings(self) -> dict[str, Setting]:
         """The networks of the experiment, by name."""
         make_data: Any
+        widths = self.widths or (32, 32, 64, 64, 128)
         if self.data_dir is None:
             samples = 4000 if self.samples is None else self.samples
             sizes: dict[str, Any] = {"data": "cluttered digits", "samples": samples, "canvas": self.canvas}
@@ -97,11 +100,17 @@ class ArticleSweep:
                 cluttered_digits, samples=samples, canvas=self.canvas, batch_size=self.batch_size
             )
         else:
-            raise FileNotFoundError(f"data_dir={os.fspath(self.data_dir)!r}: CIFAR cannot be read yet")
+            folder, classes = find_cifar(self.data_dir)
+            if classes == 100 and self.widths is None:
+                widths = tuple(2 * width for width in widths)
+            sizes = {"data": f"CIFAR-{classes}", "samples": self.samples}
+            make_data = functools.partial(
+                cifar, data_dir=str(folder), samples=self.samples, batch_size=self.batch_size
+            )
         return article_settings(
             make_data,
             {**sizes, "batch_size": self.batch_size},
-            self.widths,
+            widths,
             epochs=self.epochs,
             lr=self.lr,
             metric=self.metric,

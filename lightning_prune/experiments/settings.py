@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data import ClutteredDigitsDataModule
+from ..data import CifarDataModule, ClutteredDigitsDataModule
 from ..models import ArticleNet, resnet20
 from .trials import Setting
 
@@ -25,6 +25,13 @@ def cluttered_digits(seed: int, *, samples: int, canvas: int, batch_size: int) -
         canvas=canvas,
         digit_size=(20 * canvas / 32, 28 * canvas / 32),
         shuffle_seed=seed,
+    )
+
+
+def cifar(seed: int, *, data_dir: str, samples: int | None, batch_size: int) -> CifarDataModule:
+    """CIFAR from ``data_dir``; the seed shuffles (and draws ``samples``), the test part is the published one."""
+    return CifarDataModule(
+        data_dir, batch_size=batch_size, seed=seed, num_train=samples, num_val=0, shuffle_seed=seed
     )
 
 

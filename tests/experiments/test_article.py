@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from lightning_prune.cli import main
 from lightning_prune.experiments.article import METHODS, ArticleSweep
+from tests.test_cifar import write as write_cifar
 
 pytest.importorskip("sklearn")
 
@@ -21,6 +23,7 @@ def test_the_defaults_are_the_articles() -> None:
     assert set(METHODS) >= {
         "l1", "l0", "vib", "taylor", "slimming", "magnitude", "random", "first_k", "from_scratch", "from_scratch_compute",
     }  # fmt: skip
+    assert setting.describe["widths"] == [32, 32, 64, 64, 128]
     trials = sweep.trials()
     assert len(trials) == 5 * (
         2 + len(METHODS) * len(sweep.targets)
@@ -83,3 +86,32 @@ def test_a_sweep_writes_its_results_and_a_second_call_trains_nothing(
     assert json.loads((tmp_path / "results.json").read_text())["trials"] == data["trials"]
     assert main([*arguments, "--l1", "0.1"]) == 2  # other settings are another experiment
     assert "begun with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["cifar-10-batches-py", "cifar-100-binary"])
+def test_cifar_takes_the_place_of_the_digits(tmp_path: Path, layout: str) -> None:
+    folder, _ = write_cifar(tmp_path / "data", layout)
+    out = tmp_path / "out"
+    arguments = [
+        "sweep",
+        "article",
+        "--quick",
+        "--batch-size",
+        "4",
+        "--seeds",
+        "1",
+        "--targets",
+        "0.5",
+        "--methods",
+        "l1",
+    ]
+    assert main([*arguments, "--data-dir", str(folder), "--samples", "6", "--out", str(out)]) == 0
+    data = json.loads((out / "results.json").read_text())
+    classes = 10 if "10-" in layout else 100
+    assert data["settings"][0]["data"] == f"CIFAR-{classes}"
+    dense = next(t for t in data["trials"] if t["trial"]["method"] == "dense")
+    # the article's network by hand, widths of --quick: four convolutions, two dense layers on 8 x 8 maps
+    c = [3, 8, 8, 16, 16]
+    by_hand = sum(9 * a * b + b for a, b in pairwise(c)) + (16 * 64 + 1) * 32 + 33 * classes
+    assert dense["params"] == by_hand
+    assert (dense["accuracy"] * 7) == pytest.approx(round(dense["accuracy"] * 7))  # seven test images
