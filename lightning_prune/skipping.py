@@ -6,7 +6,6 @@ call of the convolution changes, during the module's own forward, on top of what
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,14 +19,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
 from .channels.groups import ChannelGraph, Mask
+from .fused_norms import FusedNorms
 from .nn._convert import symmetric_padding
 from .ops.availability import can_run_masked_conv2d, extension_available
+from .timing import faster
 
 #: smaller convolutions (multiply-accumulates of one dense forward call) are left alone
 LEAST_MACS = 1_000_000
-#: the compiled kernel must be so much faster to be used
-MARGIN = 1.03
-_ROUNDS = 2
 
 
 class Choice(NamedTuple):
@@ -163,6 +161,7 @@ class DeadChannelSkipper:
 
     def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
         self._layers = _layers(model, graph) if extension_available() else []
+        self._norms = FusedNorms(model)
         self._handles: dict[nn.Module, list[RemovableHandle]] = {}
         for layer in self._layers:
             self._handles[layer.module] = [
@@ -181,6 +180,7 @@ class DeadChannelSkipper:
 
     def detach(self) -> None:
         """Remove the hooks; the model is exactly as it was."""
+        self._norms.detach()
         for module in list(self._handles):
             for handle in self._handles.pop(module):
                 handle.remove()
@@ -279,20 +279,7 @@ def _measure(
         run = partial(_backward, y, *arguments, part)
         parts.append(run if any(part) else None)
     # What nobody asks for counts as won: it is never computed and need not be measured again.
-    return Choice(*(run is None or _faster(run, x.device) for run in parts))
-
-
-def _faster(run: Callable[[bool], Any], device: torch.device) -> bool:
-    """Whether ``run(True)`` takes less time than ``run(False)``."""
-    seconds: list[list[float]] = [[], []]
-    for _ in range(1 + _ROUNDS):  # the first round warms up
-        for compiled in (False, True):
-            start = time.perf_counter()
-            run(compiled)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds[compiled].append(time.perf_counter() - start)
-    return min(seconds[1][1:]) * MARGIN < min(seconds[0][1:])
+    return Choice(*(run is None or faster(run, x.device) for run in parts))
 
 
 def _layers(model: nn.Module, graph: ChannelGraph) -> list[_Layer]:

@@ -108,6 +108,23 @@ struct MaskedBackward {
   Algorithm algorithm;
 };
 
+// y = act(gate * (weight * (x - mean) / sqrt(var + eps) + bias) + residual) and its gradients. Maps are contiguous or
+// channels-last, all alike. Dead channels: zero before residual and activation, moments and gradients zero.
+struct BatchNorm {
+  int64_t n, channels, pixels;
+  bool channels_last;
+  DType dtype;
+  const void *x, *residual, *weight, *bias, *gate;  // residual, weight, bias, gate: or nullptr
+  IndexList live;
+  bool training;  // forward: writes mean and var (biased) from x; backward: they depend on x
+  double eps;
+  Act act;
+  void *mean, *var;
+  void* y;
+  const void* grad_y;
+  void *grad_x, *grad_residual, *grad_weight, *grad_bias, *grad_gate;  // nullptr: not wanted
+};
+
 // act(scatter(conv + bias) + residual). `dtype` is that of x, residual, y; packed/bias are float32 (float64 for f64).
 struct CompactForward {
   ConvShape shape;  // channels = conv inputs (length of in_index), outputs = conv outputs

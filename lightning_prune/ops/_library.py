@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.ops import _loading
+from lightning_prune.ops import _loading, _norm_library
 
 NAMESPACE = "lightning_prune"
 # Activations whose derivative is a function of their output; the others need the value before the activation.
@@ -150,6 +150,7 @@ def _register() -> None:
     library.register_autograd(f"{NAMESPACE}::masked_conv2d_backward", _no_second_order)
     for device in ("cpu", "cuda"):
         library.register_autocast(f"{NAMESPACE}::masked_conv2d", device, torch.float32)
+    _norm_library.register()
 
 
 LOADED = _loading.load() is None

@@ -86,6 +86,22 @@ def can_run_masked_conv2d(x: Tensor, weight: Tensor) -> CanRun:
     return answer
 
 
+def can_run_masked_batch_norm_act(x: Tensor) -> CanRun:
+    """Whether the compiled ``masked_batch_norm_act`` takes this input (on CUDA it is a composite of torch operators).
+
+    Args:
+        x: input, shape (N, C, H, W).
+
+    Returns:
+        ``CanRun(ok, reason)``; ``reason`` is None when ``ok``.
+    """
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if half and x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
+        # Autocast runs the operator in float32.
+        return _can_run("masked_batch_norm_act", x, (torch.float32, torch.bfloat16, torch.float16))
+    return _can_run("masked_batch_norm_act", x, (torch.float32, torch.float64))
+
+
 def can_run_compact_conv2d(x: Tensor) -> CanRun:
     """Whether the compiled ``compact_conv2d`` takes this input.
 

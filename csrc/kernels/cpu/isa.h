@@ -32,6 +32,7 @@ namespace LP_ISA {
 #include "winograd.h"
 #include "weight_grad.h"
 #include "winograd_training.h"
+#include "batch_norm.h"
 // clang-format on
 }  // namespace LP_ISA
 }  // namespace
@@ -45,6 +46,8 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
       LP_ISA::residual_rows,
       {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
       {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>},
+      {LP_ISA::batch_norm_forward<float>, LP_ISA::batch_norm_forward<double>},
+      {LP_ISA::batch_norm_backward<float>, LP_ISA::batch_norm_backward<double>},
       LP_ISA::winograd_weight,
       LP_ISA::winograd_weight_grad,
       LP_ISA::max_pool};

@@ -76,6 +76,8 @@ struct CpuKernels {
   bool (*residual_rows)(const TapConv&, int64_t channels, const Env&);  // float32: out = act(residual), if it can
   void (*weight_grad[2])(const TapWeightGrad&, const Env&);
   void (*act_grad[2])(const ActGrad&, const Env&);
+  void (*batch_norm_forward[2])(const BatchNorm&, const Env&);
+  void (*batch_norm_backward[2])(const BatchNorm&, const Env&);
   void (*winograd_weight)(const WinogradWeight&, int tile, const Env&);
   void (*winograd_weight_grad)(const TapWeightGrad&, int tile, const Env&);  // float32, one group, 3x3, stride 1, one part
   void (*max_pool)(const MaxPool&, const Env&);

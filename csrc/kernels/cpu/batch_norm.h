@@ -1,0 +1,356 @@
+// Batch normalisation with gate, residual sum and activation: two passes forward, two backward. The value before the
+// activation is computed again in the backward pass, so nothing but the input is kept. Included once per instruction set.
+
+// A matrix of `lines` by `length`: pixels by channels (channels last, parameters along the line) or planes by pixels
+// (contiguous, one parameter per line). Tasks take whole lines.
+template <class T>
+struct NormLayout {
+  bool last;
+  int64_t lines, length, channels, per_task, tasks, parts;  // parts: partial sums per channel
+};
+
+template <class T>
+static NormLayout<T> norm_layout(const BatchNorm& p) {
+  NormLayout<T> l{};
+  l.last = p.channels_last;
+  l.channels = p.channels;
+  l.lines = p.channels_last ? p.n * p.pixels : p.n * p.channels;
+  l.length = p.channels_last ? p.channels : p.pixels;
+  const int64_t bytes = std::max<int64_t>(1, l.length) * int64_t(sizeof(T));
+  l.per_task = std::max<int64_t>(p.channels_last ? 16 : 1, std::min<int64_t>(512, (128 << 10) / bytes));
+  l.tasks = (l.lines + l.per_task - 1) / l.per_task;
+  l.parts = p.channels_last ? l.tasks : p.n;
+  return l;
+}
+
+// Per channel, as vectors read them.
+template <class T>
+struct NormTables {
+  T *mean, *scale, *shift, *linear,
+      *constant;  // z = (x - mean) * scale + shift; dx = scale * g - constant - linear * (x - mean)
+  T* alive;       // all bits or none; nullptr: all channels live
+};
+
+template <class V>
+static inline V keep_bits(V v, V bits) {
+  using I = typename Simd<std::conditional_t<sizeof(ScalarOf<V>) == 4, int32_t, int64_t>, sizeof(V)>::reg;
+  return V(I(v) & I(bits));
+}
+
+template <Act A, class V>
+static inline V activate_vector(V z) {
+  using T = ScalarOf<V>;
+  if constexpr (A == Act::none) return z;
+  if constexpr (A == Act::relu) return z < V{} ? V{} : z;
+  if constexpr (A == Act::relu6) {
+    const V six = V{} + T(6), low = z < V{} ? V{} : z;
+    return low > six ? six : low;
+  }
+  for (size_t i = 0; i < sizeof(V) / sizeof(T); ++i) z[i] = activate<A>(T(z[i]));
+  return z;
+}
+
+// g = dy * act'(z)
+template <Act A, class V>
+static inline V activation_grad(V z, V dy) {
+  using T = ScalarOf<V>;
+  if constexpr (A == Act::none) return dy;
+  if constexpr (A == Act::relu) return z > V{} ? dy : V{};
+  for (size_t i = 0; i < sizeof(V) / sizeof(T); ++i) {
+    const T s = A == Act::relu6 || A == Act::sigmoid ? activate<A>(T(z[i])) : T(z[i]);
+    dy[i] *= activate_grad<A>(s);
+  }
+  return dy;
+}
+
+// Vectors of one column of the layout: full ones, or the first `count` lanes.
+template <class T, int NV, bool Part>
+struct NormColumn {
+  using V = typename Simd<T, LP_VECTOR_BYTES>::reg;
+  static constexpr int L = Simd<T, LP_VECTOR_BYTES>::lanes;
+  int64_t count;
+  V read(const T* p, int v) const { return Part ? load_part<V>(p + v * L, count) : load<V>(p + v * L); }
+  void write(T* p, int v, V value) const { Part ? store_part<V>(p + v * L, value, count) : store<V>(p + v * L, value); }
+};
+
+// Covers lines [begin, end) with columns: body(column, channel offset, first element, rows, elements from row to row). A
+// column's rows share their parameters; a plane is cut into rows as wide as the widest column.
+template <class T, class Body>
+static inline void norm_columns(const NormLayout<T>& l, int64_t begin, int64_t end, Body&& body) {
+  constexpr int64_t L = Simd<T, LP_VECTOR_BYTES>::lanes, wide = LP_REGISTERS == 32 ? 4 : 2;
+  int64_t at = 0;
+  if (l.last) {
+    const int64_t from = begin * l.length, rows = end - begin;
+    for (; at + wide * L <= l.length; at += wide * L) body(NormColumn<T, int(wide), false>{L}, at, from + at, rows, l.length);
+    for (; at + L <= l.length; at += L) body(NormColumn<T, 1, false>{L}, at, from + at, rows, l.length);
+    if (at < l.length) body(NormColumn<T, 1, true>{l.length - at}, at, from + at, rows, l.length);
+    return;
+  }
+  for (int64_t line = begin; line < end; ++line) {
+    const int64_t from = line * l.length, rows = l.length / (wide * L);
+    at = rows * wide * L;
+    if (rows > 0) body(NormColumn<T, int(wide), false>{L}, 0, from, rows, wide * L);
+    const int64_t rest = (l.length - at) / L;
+    if (rest > 0) body(NormColumn<T, 1, false>{L}, 0, from + at, rest, L);
+    at += rest * L;
+    if (at < l.length) body(NormColumn<T, 1, true>{l.length - at}, 0, from + at, 1, L);
+  }
+}
+
+template <class T, int NV, bool Part>
+constexpr int column_vectors(const NormColumn<T, NV, Part>&) {
+  return NV;
+}
+
+// One parameter vector: along the line, or one value for it.
+template <class T, class C>
+static inline typename C::V parameter(const C& column, const T* table, int64_t at, int v, bool last) {
+  if (last) return column.read(table + at, v);
+  return typename C::V{} + table[0];
+}
+
+// Runs body(column, at, begin, end, table offset) over the tasks: lines [begin, end) that share their parameters.
+template <class T, class Body>
+static void norm_tasks(const NormLayout<T>& l, const Env& env, const Body& body) {
+  run_tasks(env, l.tasks, [&](int, int64_t task) {
+    const int64_t begin = task * l.per_task, end = std::min(l.lines, begin + l.per_task);
+    if (l.last) return body(task, begin, end, int64_t(0));
+    for (int64_t line = begin; line < end; ++line) body(line / l.channels, line, line + 1, line % l.channels);
+  });
+}
+
+template <class T>
+static bool line_is_dead(const NormLayout<T>& l, const NormTables<T>& t, int64_t channel) {
+  T zero = T(0);
+  return !l.last && t.alive && memcmp(t.alive + channel, &zero, sizeof(T)) == 0;
+}
+
+// sums[part][2][channels]: of (x - pivot) and of its square.
+template <class T, bool Masked>
+static void norm_moments(const BatchNorm& p, const NormLayout<T>& l, const NormTables<T>& t, const T* pivot, double* sums,
+                         const Env& env) {
+  const T* x = static_cast<const T*>(p.x);
+  norm_tasks(l, env, [&](int64_t part, int64_t begin, int64_t end, int64_t channel) {
+    double* out = sums + part * 2 * l.channels;
+    if (!l.last) out[channel] = out[l.channels + channel] = 0;
+    if (line_is_dead(l, t, channel)) return;
+    norm_columns<T>(l, begin, end, [&](const auto& column, int64_t at, int64_t from, int64_t rows, int64_t stride) {
+      using C = std::decay_t<decltype(column)>;
+      using V = typename C::V;
+      constexpr int NV = column_vectors(C{});
+      V m[NV], bits[NV] = {}, s[NV] = {}, q[NV] = {};
+      for (int v = 0; v < NV; ++v) {
+        m[v] = parameter(column, pivot + channel, at, v, l.last);
+        if (Masked && l.last) bits[v] = column.read(t.alive + at, v);
+      }
+      for (const T* row = x + from; rows > 0; --rows, row += stride)
+        for (int v = 0; v < NV; ++v) {
+          V d = column.read(row, v) - m[v];
+          if (Masked && l.last) d = keep_bits(d, bits[v]);
+          s[v] += d;
+          q[v] += d * d;
+        }
+      for (int v = 0; v < NV; ++v)
+        for (int64_t i = 0; i < column.count; ++i) {
+          const int64_t c = l.last ? at + v * C::L + i : channel;
+          out[c] = (l.last ? 0 : out[c]) + double(s[v][i]);
+          out[l.channels + c] = (l.last ? 0 : out[l.channels + c]) + double(q[v][i]);
+        }
+    });
+  });
+}
+
+template <class T, Act A, bool Masked>
+static void norm_forward(const BatchNorm& p, const NormLayout<T>& l, const NormTables<T>& t, const Env& env) {
+  const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
+  T* y = static_cast<T*>(p.y);
+  norm_tasks(l, env, [&](int64_t, int64_t begin, int64_t end, int64_t channel) {
+    const bool dead = line_is_dead(l, t, channel);
+    norm_columns<T>(l, begin, end, [&](const auto& column, int64_t at, int64_t from, int64_t rows, int64_t stride) {
+      using C = std::decay_t<decltype(column)>;
+      using V = typename C::V;
+      constexpr int NV = column_vectors(C{});
+      V m[NV], s[NV], b[NV], bits[NV] = {};
+      for (int v = 0; v < NV; ++v) {
+        m[v] = parameter(column, t.mean + channel, at, v, l.last);
+        s[v] = parameter(column, t.scale + channel, at, v, l.last);
+        b[v] = parameter(column, t.shift + channel, at, v, l.last);
+        if (Masked && l.last) bits[v] = column.read(t.alive + at, v);
+      }
+      for (; rows > 0; --rows, from += stride) {
+        for (int v = 0; v < NV; ++v) {
+          V z = dead ? V{} : column.read(x + from, v) - m[v];
+          if (Masked && l.last) z = keep_bits(z, bits[v]);
+          z = z * s[v] + b[v];
+          if (residual) z += column.read(residual + from, v);
+          column.write(y + from, v, activate_vector<A>(z));
+        }
+      }
+    });
+  });
+}
+
+// Pass == 1: sums[part][2][channels] of g and g * (x - mean). Pass == 2: the gradients of x and of the residual.
+template <class T, Act A, bool Masked, int Pass>
+static void norm_backward(const BatchNorm& p, const NormLayout<T>& l, const NormTables<T>& t, double* sums, const Env& env) {
+  const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
+  const T* dy = static_cast<const T*>(p.grad_y);
+  T *grad_x = static_cast<T*>(p.grad_x), *grad_residual = static_cast<T*>(p.grad_residual);
+  norm_tasks(l, env, [&](int64_t part, int64_t begin, int64_t end, int64_t channel) {
+    double* out = Pass == 1 ? sums + part * 2 * l.channels : nullptr;
+    if (Pass == 1 && !l.last) out[channel] = out[l.channels + channel] = 0;
+    const bool dead = line_is_dead(l, t, channel);
+    if (Pass == 1 && dead) return;
+    norm_columns<T>(l, begin, end, [&](const auto& column, int64_t at, int64_t from, int64_t rows, int64_t stride) {
+      using C = std::decay_t<decltype(column)>;
+      using V = typename C::V;
+      constexpr int NV = column_vectors(C{});
+      V m[NV], s[NV], b[NV], k[NV] = {}, c0[NV] = {}, bits[NV] = {}, s1[NV] = {}, s2[NV] = {};
+      for (int v = 0; v < NV; ++v) {
+        m[v] = parameter(column, t.mean + channel, at, v, l.last);
+        s[v] = parameter(column, t.scale + channel, at, v, l.last);
+        b[v] = parameter(column, t.shift + channel, at, v, l.last);
+        if (Pass == 2) {
+          k[v] = parameter(column, t.linear + channel, at, v, l.last);
+          c0[v] = parameter(column, t.constant + channel, at, v, l.last);
+        }
+        if (Masked && l.last) bits[v] = column.read(t.alive + at, v);
+      }
+      for (; rows > 0; --rows, from += stride) {
+        for (int v = 0; v < NV; ++v) {
+          V d = dead ? V{} : column.read(x + from, v) - m[v];
+          if (Masked && l.last) d = keep_bits(d, bits[v]);
+          V g = column.read(dy + from, v);
+          if constexpr (A != Act::none) {
+            V z = d * s[v] + b[v];
+            if (residual) z += column.read(residual + from, v);
+            g = activation_grad<A>(z, g);
+          }
+          if constexpr (Pass == 1) {
+            if (Masked && l.last) g = keep_bits(g, bits[v]);
+            s1[v] += g;
+            s2[v] += g * d;
+          } else {
+            if (grad_residual) column.write(grad_residual + from, v, g);
+            if (grad_x) {
+              V dx = s[v] * g - (c0[v] + k[v] * d);
+              if (Masked && l.last) dx = keep_bits(dx, bits[v]);
+              if (dead) dx = V{};
+              column.write(grad_x + from, v, dx);
+            }
+          }
+        }
+      }
+      if constexpr (Pass == 1)
+        for (int v = 0; v < NV; ++v)
+          for (int64_t i = 0; i < column.count; ++i) {
+            const int64_t c = l.last ? at + v * C::L + i : channel;
+            out[c] = (l.last ? 0 : out[c]) + double(s1[v][i]);
+            out[l.channels + c] = (l.last ? 0 : out[l.channels + c]) + double(s2[v][i]);
+          }
+    });
+  });
+}
+
+template <class T>
+static T value_or(const void* p, int64_t c, T otherwise) {
+  return p ? static_cast<const T*>(p)[c] : otherwise;
+}
+
+template <class T>
+static NormTables<T> norm_tables(const BatchNorm& p, const Env& env) {
+  const int64_t c = p.channels;
+  T* block = static_cast<T*>(env.alloc(env.owner, size_t(6 * c + 1) * sizeof(T)));
+  NormTables<T> t{block, block + c, block + 2 * c, block + 3 * c, block + 4 * c, nullptr};
+  if (p.live.count < c) {
+    t.alive = block + 5 * c;
+    memset(t.alive, 0, size_t(c) * sizeof(T));
+    for (int64_t i = 0; i < p.live.count; ++i) memset(t.alive + p.live[i], 0xff, sizeof(T));
+  }
+  memset(block, 0, size_t(5 * c) * sizeof(T));
+  return t;
+}
+
+// Scale and shift of the live channels from their moments; zero for the others.
+template <class T>
+static void fill_norm_tables(const BatchNorm& p, NormTables<T>& t) {
+  for (int64_t i = 0; i < p.live.count; ++i) {
+    const int64_t c = p.live[i];
+    const T gate = value_or<T>(p.gate, c, T(1)), weight = value_or<T>(p.weight, c, T(1));
+    t.mean[c] = static_cast<const T*>(p.mean)[c];
+    t.scale[c] = T(gate * weight / std::sqrt(double(static_cast<const T*>(p.var)[c]) + p.eps));
+    t.shift[c] = gate * value_or<T>(p.bias, c, T(0));
+  }
+}
+
+template <class T>
+static void batch_norm_forward(const BatchNorm& p, const Env& env) {
+  const NormLayout<T> l = norm_layout<T>(p);
+  NormTables<T> t = norm_tables<T>(p, env);
+  const int64_t count = p.n * p.pixels;
+  if (p.training && count > 0) {
+    // About the first value of each channel, so that a large mean does not cancel the variance.
+    T* pivot = static_cast<T*>(env.alloc(env.owner, size_t(l.channels) * sizeof(T)));
+    memset(pivot, 0, size_t(l.channels) * sizeof(T));
+    for (int64_t i = 0; i < p.live.count; ++i)
+      pivot[p.live[i]] = static_cast<const T*>(p.x)[p.live[i] * (l.last ? 1 : p.pixels)];
+    double* sums = static_cast<double*>(env.alloc(env.owner, size_t(l.parts * 2 * l.channels) * sizeof(double)));
+    t.alive ? norm_moments<T, true>(p, l, t, pivot, sums, env) : norm_moments<T, false>(p, l, t, pivot, sums, env);
+    memset(p.mean, 0, size_t(l.channels) * sizeof(T));
+    memset(p.var, 0, size_t(l.channels) * sizeof(T));
+    for (int64_t i = 0; i < p.live.count; ++i) {
+      const int64_t c = p.live[i];
+      double s = 0, q = 0;
+      for (int64_t part = 0; part < l.parts; ++part) {
+        s += sums[part * 2 * l.channels + c];
+        q += sums[(part * 2 + 1) * l.channels + c];
+      }
+      s /= double(count);
+      static_cast<T*>(p.mean)[c] = T(double(pivot[c]) + s);
+      const double var = q / double(count) - s * s;
+      static_cast<T*>(p.var)[c] = T(var < 0 ? 0 : var);
+    }
+  }
+  fill_norm_tables(p, t);
+  with_act(p.act, [&](auto act) {
+    constexpr Act A = decltype(act)::value;
+    t.alive ? norm_forward<T, A, true>(p, l, t, env) : norm_forward<T, A, false>(p, l, t, env);
+  });
+}
+
+template <class T>
+static void batch_norm_backward(const BatchNorm& p, const Env& env) {
+  const NormLayout<T> l = norm_layout<T>(p);
+  NormTables<T> t = norm_tables<T>(p, env);
+  const int64_t count = p.n * p.pixels;
+  fill_norm_tables(p, t);
+  double* sums = static_cast<double*>(env.alloc(env.owner, size_t(l.parts * 2 * l.channels + 1) * sizeof(double)));
+  with_act(p.act, [&](auto act) {
+    constexpr Act A = decltype(act)::value;
+    const bool wants_sums = p.training || p.grad_weight || p.grad_bias || p.grad_gate;
+    if (wants_sums) {
+      t.alive ? norm_backward<T, A, true, 1>(p, l, t, sums, env) : norm_backward<T, A, false, 1>(p, l, t, sums, env);
+      for (int64_t i = 0; i < p.live.count; ++i) {
+        const int64_t c = p.live[i];
+        double s1 = 0, s2 = 0;
+        for (int64_t part = 0; part < l.parts; ++part) {
+          s1 += sums[part * 2 * l.channels + c];
+          s2 += sums[(part * 2 + 1) * l.channels + c];
+        }
+        const double rstd = 1 / std::sqrt(double(static_cast<const T*>(p.var)[c]) + p.eps);
+        const double gate = value_or<T>(p.gate, c, T(1)), weight = value_or<T>(p.weight, c, T(1));
+        const double bias = value_or<T>(p.bias, c, T(0));
+        if (p.grad_weight) static_cast<T*>(p.grad_weight)[c] = T(gate * s2 * rstd);
+        if (p.grad_bias) static_cast<T*>(p.grad_bias)[c] = T(gate * s1);
+        if (p.grad_gate) static_cast<T*>(p.grad_gate)[c] = T(weight * s2 * rstd + bias * s1);
+        if (p.training && count > 0) {
+          const double scale = gate * weight * rstd / double(count);
+          t.constant[c] = T(scale * s1);
+          t.linear[c] = T(scale * rstd * rstd * s2);
+        }
+      }
+    }
+    if (p.grad_x || p.grad_residual)
+      t.alive ? norm_backward<T, A, true, 2>(p, l, t, sums, env) : norm_backward<T, A, false, 2>(p, l, t, sums, env);
+  });
+}

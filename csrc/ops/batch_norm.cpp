@@ -1,0 +1,142 @@
+// Binding of masked_batch_norm_act and its backward: validation, allocation, one call into the kernels.
+#include "binding.h"
+#include "launch.h"
+
+namespace lp {
+namespace {
+
+// Arguments in x's own memory order; kept alive while the kernels read them.
+struct NormArguments {
+  Tensor x;
+  std::optional<Tensor> residual, weight, bias, gate, live;
+  BatchNorm p;
+};
+
+bool pixels_by_channels(const Tensor& x) { return is_channels_last(x) || x.size(2) * x.size(3) == 1; }
+
+// The same values laid out as `like`, which is contiguous or channels_last.
+Tensor laid_out(const Tensor& t, const Tensor& like) {
+  const auto a = t.strides(), b = like.strides();
+  bool same = true;
+  for (int d = 0; d < 4; ++d) same = same && (t.size(d) == 1 || a[d] == b[d]);
+  if (same) return t;
+  Tensor copy = new_output(like, Sizes(like.sizes().data(), like.sizes().data() + 4));
+  return torch::stable::copy_(copy, t);
+}
+
+void check_map(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  if (show_shape(t) != show_shape(x) || t.scalar_type() != x.scalar_type())
+    fail(op, ": ", name, " must be ", dtype_name(x.scalar_type()), " of shape ", show_shape(x), " like x; got ",
+         dtype_name(t.scalar_type()), " of shape ", show_shape(t));
+}
+
+NormArguments check(const char* op, const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+                    const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const std::optional<Tensor>& live,
+                    bool training, double eps, const std::string& activation) {
+  if (x.dim() != 4) fail(op, ": x must be 4-D (N, C, H, W); got shape ", show_shape(x));
+  if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)
+    fail(op, ": x must be float32 or float64; got ", dtype_name(x.scalar_type()), " (cast with x.float())");
+  if (eps < 0) fail(op, ": eps must not be negative; got ", eps);
+  const int64_t channels = x.size(1);
+  NormArguments a{is_channels_last(x) ? x : torch::stable::contiguous(x), {}, {}, {}, {}, {}, {}};
+  if (residual) {
+    check_map(op, "residual", *residual, x);
+    a.residual = laid_out(*residual, a.x);
+  }
+  if (weight) a.weight = vector_argument(op, "weight", *weight, channels, x);
+  if (bias) a.bias = vector_argument(op, "bias", *bias, channels, x);
+  if (gate) a.gate = vector_argument(op, "gate", *gate, channels, x);
+  if (live) a.live = index_argument(op, "live", *live, channels, Order::sorted, x);
+  BatchNorm& p = a.p;
+  p.n = x.size(0);
+  p.channels = channels;
+  p.pixels = x.size(2) * x.size(3);
+  p.channels_last = pixels_by_channels(a.x);
+  p.dtype = x.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
+  p.x = a.x.data_ptr();
+  p.residual = data_of(a.residual);
+  p.weight = data_of(a.weight);
+  p.bias = data_of(a.bias);
+  p.gate = data_of(a.gate);
+  p.live = IndexList{a.live ? static_cast<const int64_t*>(a.live->data_ptr()) : nullptr, a.live ? a.live->size(0) : channels};
+  p.training = training;
+  p.eps = eps;
+  p.act = parse_activation(op, activation);
+  return a;
+}
+
+Tensor copy_of(const Tensor& t) {
+  Tensor copy = torch::stable::empty({t.size(0)}, t.scalar_type(), std::nullopt, t.device());
+  return torch::stable::copy_(copy, t);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& x, const std::optional<Tensor>& residual,
+                                                  const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                                  const std::optional<Tensor>& gate, const std::optional<Tensor>& mean,
+                                                  const std::optional<Tensor>& var, const std::optional<Tensor>& live,
+                                                  double eps, const std::string& activation) {
+  const char* op = "masked_batch_norm_act";
+  if (mean.has_value() != var.has_value()) fail(op, ": give both mean and var, or neither to take them from x");
+  NormArguments a = check(op, x, residual, weight, bias, gate, live, !mean, eps, activation);
+  Tensor y = new_output(a.x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  Tensor used_mean = mean ? copy_of(vector_argument(op, "mean", *mean, x.size(1), x)) : zeros_on(x, {x.size(1)});
+  Tensor used_var = var ? copy_of(vector_argument(op, "var", *var, x.size(1), x)) : zeros_on(x, {x.size(1)});
+  a.p.y = y.data_ptr();
+  a.p.mean = used_mean.data_ptr();
+  a.p.var = used_var.data_ptr();
+  Scratch scratch(x);
+  cpu_kernels().batch_norm_forward[a.p.dtype == DType::f64](a.p, scratch.env());
+  return {y, used_mean, used_var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
+    const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const Tensor& mean, const Tensor& var,
+    const std::optional<Tensor>& live, bool training, double eps, const std::string& activation, bool need_x,
+    bool need_residual, bool need_weight, bool need_bias, bool need_gate) {
+  const char* op = "masked_batch_norm_act_backward";
+  NormArguments a = check(op, x, residual, weight, bias, gate, live, training, eps, activation);
+  check_map(op, "grad_y", grad_y, x);
+  if (need_residual && !residual) fail(op, ": need_residual is set but residual is None");
+  if (need_weight && !weight) fail(op, ": need_weight is set but weight is None");
+  if (need_bias && !bias) fail(op, ": need_bias is set but bias is None");
+  if (need_gate && !gate) fail(op, ": need_gate is set but gate is None");
+  const Tensor grad = laid_out(grad_y, a.x);
+  const Tensor means = vector_argument(op, "mean", mean, x.size(1), x), vars = vector_argument(op, "var", var, x.size(1), x);
+  const Sizes map{x.size(0), x.size(1), x.size(2), x.size(3)}, none{0, 0, 0, 0};
+  Tensor grad_x = new_output(a.x, need_x ? map : none), grad_residual = new_output(a.x, need_residual ? map : none);
+  Tensor vectors[3];
+  const bool needs[3] = {need_weight, need_bias, need_gate};
+  for (int i = 0; i < 3; ++i) vectors[i] = zeros_on(x, {needs[i] ? x.size(1) : 0});
+  BatchNorm& p = a.p;
+  p.grad_y = grad.data_ptr();
+  p.mean = means.data_ptr();
+  p.var = vars.data_ptr();
+  if (need_x) p.grad_x = grad_x.data_ptr();
+  if (need_residual) p.grad_residual = grad_residual.data_ptr();
+  if (need_weight) p.grad_weight = vectors[0].data_ptr();
+  if (need_bias) p.grad_bias = vectors[1].data_ptr();
+  if (need_gate) p.grad_gate = vectors[2].data_ptr();
+  Scratch scratch(x);
+  cpu_kernels().batch_norm_backward[p.dtype == DType::f64](p, scratch.env());
+  return {grad_x, grad_residual, vectors[0], vectors[1], vectors[2]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
+  m.def(
+      "masked_batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gate, Tensor? mean, "
+      "Tensor? var, Tensor? live, float eps, str activation) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "masked_batch_norm_act_backward(Tensor grad_y, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gate, "
+      "Tensor mean, Tensor var, Tensor? live, bool training, float eps, str activation, bool need_x, bool need_residual, "
+      "bool need_weight, bool need_bias, bool need_gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) {
+  m.impl("masked_batch_norm_act", TORCH_BOX(&batch_norm_act));
+  m.impl("masked_batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
+}
+
+}  // namespace lp

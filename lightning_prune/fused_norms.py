@@ -1,0 +1,290 @@
+"""Batch normalisation by the compiled kernel while a network trains, with the activation that follows where that is certain.
+
+A module is called through ``nn.Module``'s own slot for an exchanged call, which copies and pickles leave out. Whenever
+something is not as expected, the module's plain call runs.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as module_internals
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .nn._convert import activation_name
+from .ops import ACTIVATIONS
+from .ops.availability import can_run_masked_batch_norm_act, extension_available
+from .ops.batch_norm import update_running
+from .timing import faster
+
+#: smaller inputs (elements) are left alone
+LEAST_ELEMENTS = 16_384
+_SLOT = "_compiled_call_impl"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class FusedNorms:
+    """Exchanges the calls of ``nn.BatchNorm2d`` modules in training, where the clock says that it is faster.
+
+    Inside an ``nn.Sequential`` that is called as a whole, an activation module right behind a norm is computed with it.
+    The plain calls run in evaluation, under autocast, in ``torch.compile``, under a dispatch mode, with
+    ``torch.use_deterministic_algorithms``, and for modules that anybody has put hooks on. Subclasses of the norm and norms
+    whose call has been exchanged by somebody else are left alone.
+
+    Args:
+        model: its parameters and buffers stay as they are; :meth:`detach` undoes everything.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules: list[nn.Module] = []
+        if not extension_available():
+            return
+        norms = {m: _NormCall(m) for m in model.modules() if type(m) is nn.BatchNorm2d and _free(m)}
+        for norm_module, call in norms.items():
+            self._install(norm_module, call)
+        activations: dict[nn.Module, _ActivationCall] = {}
+        for module in model.modules():
+            if type(module) is not nn.Sequential or not _free(module):
+                continue
+            children = list(module)
+            pairs = [
+                (norms[a], b)
+                for a, b in pairwise(children)
+                if a in norms and children.count(a) == 1 and _fusable(b) and (b in activations or _free(b))
+            ]
+            if not pairs:
+                continue
+            sequence = _SequenceCall(module)
+            self._install(module, sequence)
+            for norm, activation in pairs:
+                if activation not in activations:
+                    activations[activation] = _ActivationCall(activation)
+                    self._install(activation, activations[activation])
+                sequence.followers[norm] = activations[activation]
+                norm.sequences.append(sequence)
+
+    def _install(self, module: nn.Module, call: Any) -> None:
+        object.__setattr__(module, _SLOT, call)
+        self._modules.append(module)
+
+    def detach(self) -> None:
+        """Every module's call is its own again."""
+        for module in self._modules:
+            module.__dict__.pop(_SLOT, None)
+        self._modules.clear()
+
+
+def _free(module: nn.Module) -> bool:
+    return getattr(module, _SLOT, None) is None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS) or module_internals._has_any_global_hook()
+
+
+def _fusable(module: nn.Module) -> bool:
+    """Whether this is an activation that the kernel has."""
+    try:
+        return activation_name(module) != "none"
+    except ValueError:
+        return False
+
+
+class _Call:
+    """What is called in place of a module; the plain call is ``module._call_impl``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+class _SequenceCall(_Call):
+    """A sequence that knows that it runs as a whole, so that each child's output goes to the next child alone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.followers: dict[_NormCall, _ActivationCall] = {}
+        self.running = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or self.running:
+            return self.module._call_impl(*args, **kwargs)
+        self.running = True
+        try:
+            return self.module._call_impl(*args, **kwargs)
+        finally:
+            self.running = False
+            for follower in self.followers.values():
+                follower.done = None
+
+
+class _ActivationCall(_Call):
+    """An activation that passes on the one tensor to which it has been applied already."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.done: Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            done, self.done = self.done, None
+            if done is not None and len(args) == 1 and args[0] is done:
+                return done
+        return self.module._call_impl(*args, **kwargs)
+
+
+class _NormCall(_Call):
+    """A batch norm; ``won`` has the verdict of the clock per kind of call."""
+
+    module: nn.BatchNorm2d
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.sequences: list[_SequenceCall] = []
+        self.won: dict[tuple[Any, ...], bool] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        norm = self.module
+        if torch.compiler.is_compiling() or kwargs or len(args) != 1 or not _allowed(norm, args[0]):
+            return norm._call_impl(*args, **kwargs)
+        x, weight, bias = args[0], norm.weight, norm.bias
+        needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        key = (tuple(x.shape), x.dtype, x.stride(), needs)
+        if key not in self.won:
+            self.won[key] = _measure(x.detach(), weight, bias, norm.eps, needs)
+        if not self.won[key]:
+            return norm._call_impl(*args, **kwargs)
+        follower = self._follower()
+        activation = "none" if follower is None else activation_name(follower.module)
+        y: Tensor = _Norm.apply(x, weight, bias, self, activation)
+        if follower is not None:
+            follower.done = y
+        return y
+
+    def _follower(self) -> _ActivationCall | None:
+        running = [sequence for sequence in self.sequences if sequence.running]
+        if len(running) != 1:
+            return None
+        follower = running[0].followers[self]
+        # The settings are read now: a module may have changed its class or gained hooks since.
+        plain = _fusable(follower.module) and not _hooked(follower.module)
+        return follower if plain and follower.module.__dict__.get(_SLOT) is follower else None
+
+    def record(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Running statistics as in ``nn.BatchNorm2d.forward``."""
+        norm = self.module
+        if not norm.track_running_stats:
+            return
+        momentum = 0.0 if norm.momentum is None else norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:
+                momentum = 1.0 / float(norm.num_batches_tracked)
+        if norm.running_mean is not None and norm.running_var is not None:
+            update_running(norm.running_mean, norm.running_var, mean, var, count, momentum)
+
+
+def _allowed(norm: nn.BatchNorm2d, x: Any) -> bool:
+    if not norm.training or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() < LEAST_ELEMENTS:
+        return False
+    if x.numel() <= x.shape[1] or torch.is_autocast_enabled(x.device.type) or x.is_cuda:
+        return False
+    if torch.are_deterministic_algorithms_enabled() or torch.jit.is_tracing():
+        return False
+    if _get_current_dispatch_mode() is not None or _hooked(norm):
+        return False
+    if any(t is not None and t.dtype != x.dtype for t in (norm.weight, norm.bias)):
+        return False
+    return can_run_masked_batch_norm_act(x).ok
+
+
+class _Norm(torch.autograd.Function):
+    """The operator; its second derivative, where one is asked for, is that of torch's functions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _NormCall, activation: str
+    ) -> Tensor:
+        eps = call.module.eps
+        y, mean, var = _forward(x, weight, bias, eps, activation)
+        # In here, because a checkpointed forward may end when the last tensor is saved, after torch's has recorded.
+        call.record(mean, var, x.numel() // x.shape[1])
+        ctx.save_for_backward(x, weight, bias, mean, var)
+        ctx.settings = eps, activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, var = ctx.saved_tensors
+        needs: list[bool] = list(ctx.needs_input_grad[:3])
+        eps, activation = ctx.settings
+        if torch.is_grad_enabled():
+            leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+            y = ACTIVATIONS[activation](F.batch_norm(x, None, None, weight, bias, True, 0.0, eps))
+            found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
+            return (*(next(found) if need else None for need in needs), None, None)
+        grads = _backward(grad, x, weight, bias, mean, var, eps, activation, needs)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.lightning_prune.masked_batch_norm_act(
+        x, None, weight, bias, None, None, None, None, eps, activation
+    )
+    return found
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, _, grad_weight, grad_bias, _ = torch.ops.lightning_prune.masked_batch_norm_act_backward(
+        grad,
+        x,
+        None,
+        weight,
+        bias,
+        None,
+        mean,
+        var,
+        None,
+        True,
+        eps,
+        activation,
+        needs[0],
+        False,
+        needs[1],
+        needs[2],
+        False,
+    )
+    return grad_x, grad_weight, grad_bias
+
+
+@torch.no_grad()
+def _measure(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needs: bool) -> bool:
+    """Whether the compiled kernel is faster on this batch; without autograd, so that nobody's hooks see it."""
+    wanted = [True, weight is not None, bias is not None]
+
+    def run(compiled: bool) -> None:
+        if compiled:
+            y, mean, var = _forward(x, weight, bias, eps, "none")
+            if needs:
+                _backward(y, x, weight, bias, mean, var, eps, "none", wanted)
+            return
+        y, mean, rstd = torch.ops.aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        if needs:
+            torch.ops.aten.native_batch_norm_backward(y, x, weight, None, None, mean, rstd, True, eps, wanted)
+
+    return faster(run, x.device)

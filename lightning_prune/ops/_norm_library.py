@@ -1,0 +1,91 @@
+"""Fake kernels, autograd and the CUDA composite of ``masked_batch_norm_act``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.ops import reference_norm
+
+NAME = "lightning_prune::masked_batch_norm_act"
+
+
+def _map(x: Tensor, wanted: bool = True) -> Tensor:
+    """An uninitialised map laid out as the kernel's: channels_last or contiguous."""
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    shape = x.shape if wanted else (0, 0, 0, 0)
+    return torch.empty(
+        shape,
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+
+
+def _fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    live: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _map(x), x.new_empty((x.shape[1],)), x.new_empty((x.shape[1],))
+
+
+def _backward_fake(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    needs = rest[-5:]
+    channels = x.shape[1]
+    vectors = (x.new_empty((channels if need else 0,)) for need in needs[2:])
+    return (_map(x, needs[0]), _map(x, needs[1]), *vectors)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, gate, mean, _, live, eps, activation = inputs
+    _, used_mean, used_var = output
+    ctx.mark_non_differentiable(used_mean, used_var)
+    ctx.save_for_backward(
+        x, residual if activation != "none" else None, weight, bias, gate, used_mean, used_var, live
+    )
+    ctx.settings = (mean is None, eps, activation)
+    ctx.has_residual = residual is not None
+
+
+def _backward(ctx: Any, grad_y: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+    x, residual, weight, bias, gate, mean, var, live = ctx.saved_tensors
+    training, eps, activation = ctx.settings
+    needs = list(ctx.needs_input_grad[:5])
+    if residual is None and needs[1]:  # without an activation its gradient is the output's
+        needs[1] = False
+    grads = torch.ops.lightning_prune.masked_batch_norm_act_backward(
+        grad_y, x, residual, weight, bias, gate, mean, var, live, training, eps, activation, *needs
+    )
+    found = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    if ctx.has_residual and residual is None and ctx.needs_input_grad[1]:
+        found[1] = grad_y
+    return (*found, None, None, None, None, None)
+
+
+def _no_second_order(ctx: Any, *grads: Tensor) -> Any:
+    raise NotImplementedError(
+        "masked_batch_norm_act has no second derivative; lightning_prune.ops.reference_norm.masked_batch_norm_act has one"
+    )
+
+
+def register() -> None:
+    """Register what belongs to the operator beside its CPU kernel; called once, when the library has loaded."""
+    library = torch.library
+    library.register_fake(NAME, _fake)
+    library.register_fake(f"{NAME}_backward", _backward_fake)
+    library.register_autograd(NAME, _backward, setup_context=_setup_context)
+    library.register_autograd(f"{NAME}_backward", _no_second_order)
+    library.register_kernel(NAME, "cuda", reference_norm.masked_batch_norm_act)
+    library.register_kernel(f"{NAME}_backward", "cuda", reference_norm.masked_batch_norm_act_backward)
+    for device in ("cpu", "cuda"):
+        library.register_autocast(NAME, device, torch.float32)
