@@ -18,6 +18,7 @@ MIN_STEPS = 3
 _VERSION, _NONE, _INPUT, _OUTPUT = 1, -1, -2, -3
 _CONV, _MAX_POOL = 0, 1
 _ALIGN = 16  # floats
+_SMALL = 14 * 14  # pixels; one image has too few tiles of them to keep a weight busy
 Shape = tuple[int, int, int]
 
 
@@ -126,7 +127,30 @@ def in_segments(network: nn.Module, batch: int) -> list[nn.Module]:
         return []
     slices = sorted({max(1, batch // parts) for parts in (1, 2, 4, 8)})
     segments = [_segment(network, run) for run in runs]
-    return [_replaced(network, runs, [s.with_slice(images) for s in segments]) for images in slices]
+    found = [_replaced(network, runs, [s.with_slice(images) for s in segments]) for images in slices]
+    # Large maps want few images, to stay in the cache; small ones want many, to share the weights.
+    parts = [_cut(run) for run in runs]
+    if batch > 1 and any(late for _, late in parts):
+        runs = [part for pair in parts for part in pair if part]
+        segments = [_segment(network, run) for run in runs]
+        late = [part is pair[1] for pair in parts for part in pair if part]
+        for images in slices[:2]:
+            chosen = [
+                s.with_slice(batch if small else images) for s, small in zip(segments, late, strict=True)
+            ]
+            found.append(_replaced(network, runs, chosen))
+    return found
+
+
+def _cut(run: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Before and behind the first small map that alone leads to all that follows; the second part may be empty."""
+    for i, node in enumerate(run[:-1]):
+        _, height, width = _known(node)
+        before = set(run[:i])
+        alone = not any(before & set(later.all_input_nodes) for later in run[i + 1 :])
+        if height * width <= _SMALL and alone and i > 0 and not _is_pool(run[i + 1]):
+            return run[: i + 1], run[i + 1 :]
+    return run, []
 
 
 def _shape(node: fx.Node) -> Shape | None:
@@ -174,11 +198,10 @@ def _runs(network: fx.GraphModule) -> list[list[fx.Node]]:
     for node in network.graph.nodes:
         if _supported(network, node):
             outside = [n for n in node.all_input_nodes if n not in run]
-            pool_first = not run and isinstance(network.get_submodule(str(node.target)), nn.MaxPool2d)
             if run and any(n is not source for n in outside):
                 close()
                 outside = list(node.all_input_nodes)
-            if (run or len(outside) == 1) and not pool_first and not _pools(network, node, outside):
+            if (run or len(outside) == 1) and not (outside and _is_pool(node)):  # dense inputs only
                 source = source if run else outside[0]
                 run.append(node)
                 continue
@@ -187,9 +210,9 @@ def _runs(network: fx.GraphModule) -> list[list[fx.Node]]:
     return runs
 
 
-def _pools(network: fx.GraphModule, node: fx.Node, outside: list[fx.Node]) -> bool:
-    """Whether this is a pooling of the segment's input, which may have any strides."""
-    return bool(outside) and isinstance(network.get_submodule(str(node.target)), nn.MaxPool2d)
+def _is_pool(node: fx.Node) -> bool:
+    module = node.graph.owning_module
+    return module is not None and isinstance(module.get_submodule(str(node.target)), nn.MaxPool2d)
 
 
 def _pair(value: Any) -> tuple[int, int]:

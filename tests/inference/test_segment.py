@@ -69,9 +69,9 @@ def error(network: nn.Module, model: nn.Module, x: Tensor) -> float:
 def test_equals_float64_for_every_slice(batch: int) -> None:
     model, x = Branches().eval(), torch.randn(batch, 3, 30, 34)
     found = segmented(model, x)
-    assert [segments(n)[0].slice for n in found] == ([1] if batch == 1 else [1, 2, 5])
+    slices = [[s.slice for s in segments(network)] for network in found]
+    assert slices == ([[1]] if batch == 1 else [[1], [2], [5], [1, 5], [2, 5]])
     for network in found:
-        assert len(segments(network)) == 1
         for given_x in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(3, 3, 30, 34)):
             assert error(network, model, given_x) < 2e-6
         assert network(torch.randn(0, 3, 30, 34)).shape == (0, 5)
@@ -198,3 +198,16 @@ def test_max_pool(channels: int, window: tuple[int, int, int], height: int, widt
     x = torch.where(x > 2, torch.nan, x) if nans else x
     with torch.no_grad():
         assert torch.equal(network(x).nan_to_num(99.0), pool(x).nan_to_num(99.0))
+
+
+def test_large_and_small_maps_may_go_through_in_other_slices() -> None:
+    model = nn.Sequential(
+        *unit(3, 9), nn.ReLU(), *unit(9, 9, 3, 2), nn.ReLU(), *unit(9, 10, 3, 2), *unit(10, 7), *unit(7, 7)
+    )
+    x = torch.randn(8, 3, 40, 40)
+    found = segmented(model, x)
+    slices = [[s.slice for s in segments(network)] for network in found]
+    assert slices == [[1], [2], [4], [8], [1, 8], [2, 8]]
+    assert [len(s._names) for s in segments(found[-1])] == [3, 2]
+    for network in found:
+        assert error(network, model, x) < 2e-6
