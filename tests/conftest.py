@@ -10,6 +10,8 @@ import torch
 # Workers of pytest-xdist share the cores; more than one thread each makes the suite slower.
 torch.set_num_threads(1)
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Modules are tested with the compiled kernels unless a test says otherwise, and nobody's measurements are read or written.
+os.environ["LIGHTNING_PRUNE_BACKEND"] = "own"
 
 
 @pytest.fixture(autouse=True)

@@ -82,7 +82,7 @@ def candidates(layer: Layer, device: str, dtype: torch.dtype, cache: float) -> l
     forms: list[tuple[str, Any, Layer, int]] = [("vendor", _vendor(conv), layer, layer.inputs)]
     if wide != layer:
         forms.append(("vendor_padded", _vendor(widened(conv, layer)), wide, layer.inputs))
-    forms.append(("own", CompactConv2d.from_conv(conv, None, "relu"), layer, layer.inputs))
+    forms.append(("own", CompactConv2d.from_conv(conv, None, "relu", backend="own"), layer, layer.inputs))
     if layer.kind != "aligned":
         forms.append(
             ("dense", _vendor(convolution(layer.dense(), device, dtype)), layer.dense(), layer.dense().inputs)

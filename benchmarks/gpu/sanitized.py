@@ -35,7 +35,7 @@ def check(case: tuple[int, ...], dtype: torch.dtype, device: str, form: str) -> 
     conv = (
         torch.nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups).to(device, dtype).eval()
     )
-    module = CompactConv2d.from_conv(conv, None, "relu")
+    module = CompactConv2d.from_conv(conv, None, "relu", backend="own")
     x = torch.randn(batch, inputs, size, size, device=device).to(dtype)
     x = padded_maps(x) if form == "padded" else x.contiguous(memory_format=LAST) if form == "last" else x
     with torch.no_grad():

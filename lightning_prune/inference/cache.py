@@ -18,6 +18,8 @@ from ..files import write_atomically
 
 #: of the files; others are ignored
 FORMAT = 1
+#: environment variables that cap the instruction sets
+_CAPS = ("LIGHTNING_PRUNE_CPU_LEVEL", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 _OFF = ("", "0", "off", "none")
 
 
@@ -66,7 +68,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             "device": torch.cuda.get_device_name(device),
             "cudnn": torch.backends.cudnn.version(),
         }
-    return {**facts, "device": _cpu(), "threads": torch.get_num_threads()}
+    caps = {name: os.environ[name] for name in _CAPS if name in os.environ}
+    return {**facts, "device": _cpu(), "threads": torch.get_num_threads(), "caps": caps}
 
 
 def load(key: Mapping[str, Any]) -> dict[str, float] | None:

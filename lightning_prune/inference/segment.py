@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..nn import CompactConv2d
 from ..ops import ACTIVATIONS
@@ -27,7 +28,8 @@ class CompactSegment(nn.Module):
 
     Maps of the layers between lie in one arena, where they take each other's place as soon as nobody reads them any
     more, and the batch goes through all layers slice by slice, so that a layer finds in the cache what the one before
-    it wrote. Other shapes, dtypes and devices than the planned ones, and inputs that require a gradient, run layer by layer.
+    it wrote. Other shapes, dtypes and devices than the planned ones, and inputs that require a gradient, run layer by layer,
+    and so does everything while a convolution has hooks or a dispatch mode is active.
 
     Args:
         layers: what the segment computes.
@@ -68,7 +70,11 @@ class CompactSegment(nn.Module):
             return y
         tensors: list[Tensor] = []
         for name in self._names:
-            buffers = self.layers._modules[name]._buffers  # type: ignore[union-attr]
+            layer = self.layers._modules[name]
+            if layer._forward_hooks or layer._forward_pre_hooks:  # type: ignore[union-attr]
+                hooked: Tensor = self.layers(x)
+                return hooked
+            buffers = layer._buffers  # type: ignore[union-attr]
             packed, bias = buffers["packed"], buffers["bias"]
             assert packed is not None
             tensors += (packed, packed if bias is None else bias)
@@ -79,6 +85,8 @@ class CompactSegment(nn.Module):
         if x.device.type != "cpu" or x.dtype != torch.float32 or self.program.device.type != "cpu":
             return False
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        if _get_current_dispatch_mode_stack():  # somebody counts or fakes operators
             return False
         first = self.layers._modules[self._names[0]]
         return isinstance(first, CompactConv2d) and first.packed.dtype == torch.float32

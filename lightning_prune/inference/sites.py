@@ -88,7 +88,7 @@ class ConvSite:
     def own(self) -> CompactConv2d | None:
         """The module that runs this package's convolution; None where it cannot (reflecting padding)."""
         try:
-            return CompactConv2d.from_conv(self.folded(), None, self.activation)
+            return CompactConv2d.from_conv(self.folded(), None, self.activation, backend="own")
         except ValueError:
             return None
 

@@ -211,3 +211,22 @@ def test_large_and_small_maps_may_go_through_in_other_slices() -> None:
     assert [len(s._names) for s in segments(found[-1])] == [3, 2]
     for network in found:
         assert error(network, model, x) < 2e-6
+
+
+def test_hooks_and_dispatch_modes_see_every_layer() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x = Branches().eval(), torch.randn(2, 3, 24, 24)
+    network = segmented(model, x)[0]
+    expected = network(x)
+    shapes: list[tuple[int, ...]] = []
+    handle = segments(network)[0].layers.layer_2.register_forward_hook(
+        lambda m, a, y: shapes.append(tuple(y.shape))
+    )  # type: ignore[union-attr,operator]
+    assert torch.allclose(network(x), expected, atol=1e-6)
+    assert shapes == [(2, 13, 6, 6)]
+    handle.remove()
+    with FlopCounterMode(display=False) as counter:
+        network(x)
+    names = {str(op) for ops_of in counter.get_flop_counts().values() for op in ops_of}
+    assert not any("segment" in name for name in names)

@@ -1,0 +1,148 @@
+"""Which implementation computes a `CompactConv2d` here: this package's, torch's, or oneDNN with prepacked weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_prune import ops
+from lightning_prune.ops._library import output_format
+
+Run = Callable[[Tensor, "Tensor | None"], Tensor]
+#: input shapes of one module that are measured; what comes later runs our kernel
+LIMIT = 8
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a convolution computes, whoever computes it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    in_index: Tensor | None
+    out_index: Tensor | None
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    activation: str
+
+
+def vendor(layer: Layer, x: Tensor) -> Run:
+    """Torch's convolution in x's memory format."""
+    last = output_format(x)
+    weight = layer.weight.contiguous(memory_format=last)
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        given = x if layer.in_index is None else x.index_select(1, layer.in_index)
+        y = F.conv2d(given, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return _finished(layer, y, residual)
+
+    return run
+
+
+def prepacked(layer: Layer, x: Tensor) -> Run | None:
+    """Torch's oneDNN with the weight in its own layout and ReLU fused, as in frozen graphs; None where it cannot."""
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if not fits or output_format(x) is not torch.channels_last:
+        return None
+    settings = (layer.padding, layer.stride, layer.dilation, layer.groups)
+    shape = [x.shape[0], layer.weight.shape[1] * layer.groups, *x.shape[2:]]
+    try:
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        packed = reorder(layer.weight.to_mkldnn(), *settings, shape)
+        convolve = torch.ops.mkldnn._convolution_pointwise
+    except (AttributeError, RuntimeError):  # not part of torch's public interface
+        return None
+    fused = layer.activation == "relu"
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        given = x if layer.in_index is None else x.index_select(1, layer.in_index)
+        after = "relu" if fused and residual is None else "none"
+        y = convolve(given, packed, layer.bias, *settings, after, [], "")
+        return y if after == "relu" else _finished(layer, y, residual)
+
+    return run
+
+
+def _finished(layer: Layer, y: Tensor, residual: Tensor | None) -> Tensor:
+    if layer.out_index is not None:
+        assert residual is not None
+        y = residual.index_add(1, layer.out_index, y)
+    elif residual is not None:
+        y = y.add_(residual)
+    return y.relu_() if layer.activation == "relu" else ops.ACTIVATIONS[layer.activation](y)
+
+
+class Chooser:
+    """The choice of one module, per signature of its input; forgotten by copies and pickles.
+
+    Args:
+        layer: makes the layer's description, with the weight unpacked; called when something is measured.
+    """
+
+    def __init__(self, layer: Callable[[], Layer]) -> None:
+        self._layer = layer
+        self._chosen: dict[Any, Run | None] = {}
+
+    def choose(self, mode: str, own: Run, x: Tensor, residual: Tensor | None) -> Run:
+        """The implementation for inputs like ``x``: ``own``, or another one where it is faster or asked for."""
+        key = (mode, x.shape, x.stride(), x.dtype, x.device, residual is None, torch.get_num_threads())
+        if key not in self._chosen:
+            if len(self._chosen) >= LIMIT and mode == "auto":
+                return own
+            self._chosen[key] = self._found(mode, own, x, residual)
+        return self._chosen[key] or own
+
+    def _found(self, mode: str, own: Run, x: Tensor, residual: Tensor | None) -> Run | None:
+        from lightning_prune.inference import cache, choice
+
+        layer = self._layer()
+        if layer.weight.dtype != x.dtype:
+            return None  # weights that our kernel converts as it goes
+        if mode == "vendor":
+            return vendor(layer, x)
+        candidates: dict[str, Run] = {"own": own, "vendor": vendor(layer, x)}
+        packed = prepacked(layer, x)
+        if packed is not None:
+            candidates["prepacked"] = packed
+        key = {**cache.environment(x.device), **_described(layer, x, residual)}
+        seconds = cache.load(key)
+        if seconds is None or set(seconds) != set(candidates):
+            with torch.inference_mode(), contextlib.suppress(RuntimeError):
+                calls = {name: _bound(run, x, residual) for name, run in candidates.items()}
+                seconds = choice._interleaved(calls, x.device)
+            if seconds is None:
+                return None
+            cache.store(key, seconds)
+        rival = min((name for name in seconds if name != "own"), key=seconds.__getitem__)
+        return None if seconds["own"] * choice.MARGIN <= seconds[rival] else candidates[rival]
+
+
+def _bound(run: Run, x: Tensor, residual: Tensor | None) -> Callable[[], Tensor]:
+    return lambda: run(x, residual)
+
+
+def _described(layer: Layer, x: Tensor, residual: Tensor | None) -> dict[str, Any]:
+    def numbers(values: Sequence[int]) -> list[int]:
+        return [int(value) for value in values]
+
+    def channels(index: Tensor | None) -> list[int] | None:
+        return None if index is None else cast(list[int], index.tolist())
+
+    return {
+        "module": "CompactConv2d", "dtype": str(x.dtype), "input": numbers(x.shape), "input_stride": numbers(x.stride()),
+        "weight": numbers(layer.weight.shape), "stride": layer.stride, "padding": layer.padding,
+        "dilation": layer.dilation, "groups": layer.groups, "bias": layer.bias is not None,
+        "activation": layer.activation, "gather": channels(layer.in_index), "scatter": channels(layer.out_index),
+        "residual": None if residual is None else numbers(residual.stride()),
+    }  # fmt: skip
+
+
+__all__ = ["LIMIT", "Chooser", "Layer", "Run", "prepacked", "vendor"]
