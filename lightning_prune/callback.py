@@ -22,7 +22,7 @@ from .guards import refuse_late_rewind, refuse_unsupported, resolve_schedule
 from .inputs import ExampleInputs, batch_size
 from .meter import TrainingMeter
 from .monitor import Plateau
-from .outcome import PruneReport
+from .outcome import FirstFilters, PruneReport
 from .progress import measuring_bar
 from .recalibration import wanted_batches
 from .schedule import Phase, Schedule
@@ -91,6 +91,7 @@ class ChannelPruning(pl.Callback):
         compact_model: the smaller module after ``fit`` (in evaluation mode, on the module's device), else None.
         plan: the :class:`CompactionPlan`, once channels are selected.
         report: a :class:`PruneReport`, once channels are selected.
+        first_filters: see :func:`lightning_prune.plots.plot_filters`.
         history: one record per epoch: epoch, phase, macs, params, live_channels, lambda, gates, step_time, samples_per_second,
             saved_training_macs, on CUDA peak_memory (all logged as ``prune/...``).
 
@@ -190,6 +191,11 @@ class ChannelPruning(pl.Callback):
     def plan(self) -> CompactionPlan | None:
         """What is removed, once channels are selected."""
         return self._fit.plan if self._fit is not None else None
+
+    @property
+    def first_filters(self) -> FirstFilters | None:
+        """Filters of the first convolution when the fit began and now, once it has begun."""
+        return self._fit.first_filters() if self._fit is not None else None
 
     @property
     def state_key(self) -> str:

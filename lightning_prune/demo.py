@@ -28,7 +28,7 @@ from .data import ClutteredDigitsDataModule, DigitsDataModule
 from .inference import optimize_for_inference
 from .latency import compare_latency, cpu_threads, evaluating
 from .models import ArticleNet, Classifier
-from .plots import plot_gates, plot_samples
+from .plots import plot_filters, plot_gates, plot_samples
 from .profiling import profile
 from .report import VARIANTS, comparison_table, mean_and_spread, widths_table, write_json
 
@@ -206,6 +206,10 @@ def _run_seed(
     plan.save(folder / "plan.json")
     save_compact(compact, plan, folder / "compact.safetensors")
     plot_gates(pruning.history, folder / "gates.png", title=f"{task.name}, seed {seed}")
+    if pruning.first_filters is not None:
+        plot_filters(
+            pruning.first_filters, folder / "filters.png", title=f"{task.name}, seed {seed}: first layer"
+        )
 
     compact.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     models: dict[str, nn.Module] = {"dense": dense, "masked": masked, "compact": compact}
@@ -295,7 +299,7 @@ def run_demo(
     """Run the demonstration and write what it measured.
 
     Writes ``metrics.json``, and per data set ``samples.png`` and per seed ``compact.safetensors``, ``plan.json`` and
-    ``gates.png`` (mask values over the epochs).
+    ``gates.png`` (mask values over the epochs) and ``filters.png`` (the first layer's filters before and after).
 
     Args:
         out: folder for the results.

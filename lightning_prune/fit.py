@@ -14,22 +14,24 @@ from .budget import ramped_target
 from .channels import trace_channels
 from .channels.groups import Mask
 from .compaction import CompactionPlan, compact, mask_channels, max_relative_error
+from .compaction.apply import clone_model
 from .config import PruneConfig
 from .cost import Cost, CostModel
 from .criteria import saliency
 from .distillation import Distiller, whole_network_calls
 from .errors import BudgetError
 from .inputs import ExampleInputs, to_model
-from .latency_cost import measure_latency_cost, select_measured
+from .latency_budget import measured_seconds, select_measured
+from .latency_cost import measure_latency_cost
 from .learning import MaskLearner
-from .outcome import PruneReport
+from .outcome import BudgetReport, FirstFilters, PruneReport
 from .recalibration import recalibrate, wanted_batches
 from .reconstruction import reconstruct
 from .redundancy import warn_if_symmetric
 from .scope import fix_ratios, group_factors, protected_channels
 from .selection import select_channels
 from .skipping import DeadChannelSkipper
-from .weights import WeightKeeper
+from .weights import WeightKeeper, first_convolution
 
 #: averages a tensor over the ranks of a distributed run
 Reduce = Callable[[Tensor], Tensor]
@@ -65,6 +67,7 @@ class PruningFit:
             self._removable = removable_branches(model, to_model(inputs, model), self.graph)
         self.early: dict[str, Tensor] | None = None
         self.distiller: Distiller | None = None
+        self.budget: BudgetReport | None = None
         self._network_calls = whole_network_calls(model, self._inputs_for(model)) if config.distill else []
         self._protected = np.zeros(self.graph.num_channels, dtype=bool)
         if config.plan is not None:
@@ -142,6 +145,10 @@ class PruningFit:
             if state.get("teacher") is not None or config.plan is not None:
                 self.distiller.remember(model, state.get("teacher"))
             self.distiller.attach(model)
+        self._first = first_convolution(self.graph, model)
+        if self._first is not None:
+            weight = self.keeper.weight(self._first)
+            self._filters_before = state.get("filters", weight).detach().cpu().clone()
         self.early = state.get("early")
         if state.get("plan") is not None:
             self.hold(CompactionPlan.from_json(state["plan"], "the checkpoint"))
@@ -214,18 +221,16 @@ class PruningFit:
     def _final(self, model: nn.Module, values: np.ndarray, alive: Mask | None) -> Mask:
         if self.config.metric != "latency":
             return self._choose(values, alive)
-        if (
-            self.skipper is not None
-        ):  # the dense network is timed as it is; holding the plan puts the hooks back
-            self.skipper.detach()
-        mask, _ = select_measured(
-            model,
+        plain = clone_model(model)  # without the hooks that skip dead channels
+        return select_measured(
+            plain,
             self._inputs_for(model),
             self.graph,
             self.config.target,
             lambda share: self._choose(values, alive, share),
-        )
-        return mask
+            values,
+            round_to=self.config.round_to,
+        ).mask
 
     def hold(self, plan: CompactionPlan) -> None:
         """From now on the removed channels are exactly zero."""
@@ -233,8 +238,12 @@ class PruningFit:
         self.plan = plan
         if self.distiller is not None:
             self.distiller.active = True
-        self._set_mask(plan.mask(self.graph))
+        self._set_mask(mask := plan.mask(self.graph))
         self.keeper.zero_dead()
+        if self.config.plan is None and self.config.metric != "latency":
+            self.budget = BudgetReport.counted(
+                self.graph, self.cost, mask, self.config.target, self.config.round_to
+            )
 
     def _set_mask(self, mask: Mask) -> None:
         assert self.keeper is not None
@@ -264,7 +273,12 @@ class PruningFit:
         inputs = self._inputs_for(model)
         smaller = compact(model, inputs, self.plan).eval()
         error = max_relative_error(mask_channels(model, inputs, self.plan), smaller, inputs)
-        return smaller, PruneReport.of(self.graph, self.plan, error)
+        if self.config.metric == "latency" and self.config.plan is None:  # as it is, compacted, here and now
+            seconds = measured_seconds(model, smaller, inputs)
+            self.budget = BudgetReport.measured(
+                self.cost, self.plan.mask(self.graph), self.config.target, seconds
+            )
+        return smaller, PruneReport.of(self.graph, self.plan, error, self.budget)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -311,6 +325,15 @@ class PruningFit:
             self.learner.mask() if self.learner is not None else np.ones(self.graph.num_channels, dtype=bool)
         )
 
+    def first_filters(self) -> FirstFilters | None:
+        """Filters of the first convolution when the fit began and now; None without a convolution."""
+        if self.keeper is None or self._first is None:
+            return None
+        channels = self.graph.positions(f"{self._first}.weight" if self._first else "weight", 0)
+        live = torch.from_numpy(np.append(self.mask(), True)[channels])
+        after = self.keeper.weight(self._first).detach().cpu().clone()
+        return FirstFilters(self._first, self._filters_before, after, live)
+
     def record(self) -> dict[str, float]:
         """Present cost, live channels and penalty strength."""
         mask = self.mask()
@@ -331,7 +354,7 @@ class PruningFit:
 
     def report(self) -> PruneReport | None:
         """Sizes, once channels are selected."""
-        return PruneReport.of(self.graph, self.plan) if self.plan is not None else None
+        return PruneReport.of(self.graph, self.plan, None, self.budget) if self.plan is not None else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed fit needs."""
@@ -339,6 +362,11 @@ class PruningFit:
             "plan": self.plan.to_json() if self.plan is not None else None,
             "learner": self.learner.state_dict() if self.learner is not None else None,
             "early": self.early,
+            **(
+                {"filters": self._filters_before}
+                if self.keeper is not None and self._first is not None
+                else {}
+            ),
             "teacher": self.distiller.teacher_state() if self.distiller is not None else None,
             "radii": self.keeper.radii() if self.keeper is not None else [],
         }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .channels.groups import ChannelGraph, Mask
+from .channels.groups import ChannelGraph
 from .channels.trace import undisturbed
 from .compaction import CompactionPlan, apply_plan
 from .errors import BudgetError
@@ -230,42 +230,3 @@ def _calibrated(
     spread = raw.dense - raw.cost(half)
     scale = max((dense - thinned) / spread, 0.1) if spread > 0 else 1.0
     return LatencyCost(graph, tables, scale, max(dense - scale * raw.dense, 0.0))
-
-
-def select_measured(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    graph: ChannelGraph,
-    target: float,
-    choose: Callable[[float], Mask],
-    *,
-    tolerance: float = 0.03,
-    rounds: int = 6,
-) -> tuple[Mask, float]:
-    """Choose channels so that the compact network, *as measured*, takes at most ``target`` of the dense one's time.
-
-    ``choose(aim)`` selects for a predicted share; prediction and measurement differ, so the aim is corrected by what is
-    measured (dense and compact in turn, in one run), until the measured share is within ``tolerance`` under the target.
-
-    Returns:
-        The mask and its measured share. The closest one from below; if none was, the fastest.
-    """
-    inputs = to_model(example_inputs, model)
-    aim, tried = target, list[tuple[Mask, float]]()
-    for _ in range(rounds):
-        try:
-            mask = choose(min(aim, 1.0))
-        except BudgetError:
-            if not tried:
-                raise
-            break
-        smaller = apply_plan(model, CompactionPlan.from_mask(graph, mask, remove_branches=True))
-        times = compare_latency({"dense": model, "compact": smaller}, inputs, min_seconds=0.3)
-        share = times["compact"].median / times["dense"].median
-        tried.append((mask, share))
-        if target * (1 - tolerance) <= share <= target:
-            break
-        middle = target * (1 - tolerance / 2)
-        aim = float(np.clip(aim * middle / share, 0.01, 1.0))
-    under = [entry for entry in tried if entry[1] <= target]
-    return max(under, key=lambda entry: entry[1]) if under else min(tried, key=lambda entry: entry[1])

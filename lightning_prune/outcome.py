@@ -7,10 +7,93 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from .channels.groups import ChannelGraph
+from .channels.groups import ChannelGraph, Mask
 from .compaction import CompactionPlan
-from .cost import CostModel
+from .cost import Cost, CostModel
+from .latency_budget import LATENCY_TOLERANCE
+from .selection import smallest_addition
+
+_COUNTED_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class BudgetReport:
+    """How closely a budget was met.
+
+    Attributes:
+        metric: ``"macs"``, ``"params"`` or ``"latency"``.
+        target: share of the dense cost that was asked for.
+        share: share that the compact network has; for a latency, as measured.
+        tolerance: a budget is met when ``share`` is at most so much (relative) under the target.
+        predicted: for a latency, the share that the table of layers predicted.
+        seconds: for a latency, median time of a call of the dense and of the compact network, measured in turn.
+        smallest_addition: share of the dense cost of the cheapest channels that were removed (``round_to`` of them); None
+            when there are none or the cost is measured.
+    """
+
+    metric: str
+    target: float
+    share: float
+    tolerance: float
+    predicted: float | None = None
+    seconds: tuple[float, float] | None = None
+    smallest_addition: float | None = None
+
+    @classmethod
+    def counted(
+        cls, graph: ChannelGraph, cost: Cost, mask: Mask, target: float, round_to: int = 1
+    ) -> BudgetReport:
+        """For a metric that is counted."""
+        more = smallest_addition(graph, cost, mask, round_to)
+        more = None if more is None else more / cost.dense
+        share = cost.cost(mask) / cost.dense
+        return cls(cost.metric, target, share, _COUNTED_TOLERANCE, smallest_addition=more)
+
+    @classmethod
+    def measured(cls, cost: Cost, mask: Mask, target: float, seconds: tuple[float, float]) -> BudgetReport:
+        """For a latency: predicted by ``cost``, and the measured ``seconds`` of dense and compact network."""
+        predicted, share = cost.cost(mask) / cost.dense, seconds[1] / seconds[0]
+        return cls(cost.metric, target, share, LATENCY_TOLERANCE, predicted, seconds)
+
+    @property
+    def met(self) -> bool:
+        """Whether the cost is under the target by at most the tolerance."""
+        return (1 - self.tolerance) * self.target <= self.share <= self.target * (1 + 1e-12)
+
+    def __str__(self) -> str:
+        text = f"budget  {self.target:.1%} of the dense {self.metric}: {self.share:.2%}"
+        if self.seconds is not None:
+            dense, compact = (1e3 * s for s in self.seconds)
+            text += f" measured ({dense:.3f} ms -> {compact:.3f} ms), {self.predicted:.2%} predicted"
+        if self.met:
+            return text
+        if self.share > self.target:
+            return f"{text}; over the target"
+        why = "that is what the widths allow"
+        if self.smallest_addition is not None:
+            fits = self.share + self.smallest_addition <= self.target
+            why = f"the cheapest channels that were removed cost {self.smallest_addition:.2%}"
+            why += ", and the masks or ratios rule them out" if fits else ""
+        return f"{text}; more than {self.tolerance:.0%} under the target: {why}"
+
+
+@dataclass(frozen=True)
+class FirstFilters:
+    """Filters of the first convolution, before the fit and now.
+
+    Attributes:
+        module: name of the convolution.
+        before: weights when the fit began, shape [filters, channels, ...], on the CPU.
+        after: weights now, the same shape; zero where a filter was removed.
+        live: bool of shape [filters], False where it was removed.
+    """
+
+    module: str
+    before: Tensor
+    after: Tensor
+    live: Tensor
 
 
 @dataclass(frozen=True)
@@ -23,6 +106,7 @@ class PruneReport:
         widths: ``{group: (live channels, dense channels)}``.
         frozen: why the other dimensions were not pruned.
         max_relative_error: compact against masked network on the example input; None until compacted.
+        budget: how closely the budget was met; None for a given plan.
         training_macs: multiply-accumulates of all training steps so far (forward and backward), without those of channels
             whose weights are zero; what training costs where dead channels are skipped. None outside a fit.
         training_macs_dense: the same for a dense fit of as many steps.
@@ -35,21 +119,25 @@ class PruneReport:
     widths: Mapping[str, tuple[int, int]]
     frozen: Mapping[str, str]
     max_relative_error: float | None = None
+    budget: BudgetReport | None = None
     training_macs: float | None = None
     training_macs_dense: float | None = None
 
     @classmethod
     def of(
-        cls, graph: ChannelGraph, plan: CompactionPlan, max_relative_error: float | None = None
+        cls,
+        graph: ChannelGraph,
+        plan: CompactionPlan,
+        max_relative_error: float | None = None,
+        budget: BudgetReport | None = None,
     ) -> PruneReport:
         """Report for a plan on a traced network."""
         mask = plan.mask(graph)
         macs, params = CostModel(graph, "macs"), CostModel(graph, "params")
         frozen = {name: str(why) for name, why in graph.frozen.items()}
         widths = plan.widths
-        return cls(
-            macs.dense, macs.cost(mask), params.dense, params.cost(mask), widths, frozen, max_relative_error
-        )
+        sizes = (macs.dense, macs.cost(mask), params.dense, params.cost(mask))
+        return cls(*sizes, widths, frozen, max_relative_error, budget)
 
     @property
     def live_channels(self) -> int:
@@ -71,6 +159,8 @@ class PruneReport:
             f"params  {self.params_dense:,.0f} -> {self.params_compact:,.0f} ({self.params_compact / self.params_dense:.1%})",
             "widths  " + ", ".join(f"{name} {live}/{size}" for name, (live, size) in self.widths.items()),
         ]
+        if self.budget is not None:
+            lines.append(str(self.budget))
         if self.removed_branches:
             lines.append(f"removed branches  {', '.join(self.removed_branches)}")
         if self.max_relative_error is not None:

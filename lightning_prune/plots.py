@@ -1,4 +1,4 @@
-"""Pictures for the demonstration: samples of a data set, mask values over the epochs."""
+"""Pictures for the demonstration: samples of a data set, mask values over the epochs, filters before and after."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from .data import TensorPairs
+from .outcome import FirstFilters
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -93,3 +97,75 @@ def plot_gates(
         axis.set_xlabel("epoch")
     axes[0].set_ylabel("mask value")
     return save_figure(figure, path)
+
+
+def plot_filters(
+    filters: FirstFilters, path: str | os.PathLike[str], *, title: str = "", columns: int = 8
+) -> Path:
+    """Draw the filters of the first convolution before and after the fit, each at the same place in both halves.
+
+    One scale of colours for both halves, red positive, blue negative, white zero; three input channels are drawn as
+    colours around mid-grey, other numbers as their mean. Where a filter was removed, the left half shows it pale with a
+    grey cross, and the right half a grey field with a cross.
+
+    Args:
+        filters: of :class:`~lightning_prune.ChannelPruning`, with weights of shape [filters, channels, height, width].
+        path: PNG file to write; missing folders are made.
+        title: above the picture.
+        columns: filters per row and half.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: the filters are not two-dimensional.
+    """
+    if filters.before.dim() != 4:
+        raise ValueError(
+            f"filters of a 2-d convolution are needed, [filters, channels, height, width]; got {tuple(filters.before.shape)}"
+        )
+    count = len(filters.before)
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = new_figure(0.62 * (2 * columns + 1), 0.62 * rows + 0.9)
+    figure.suptitle(title)
+    live = int(filters.live.sum())
+    halves = figure.subfigures(1, 2, wspace=0.04, squeeze=False)[0]
+    limit = float(max(filters.before.abs().max(), filters.after.abs().max())) or 1.0
+    for half, weights, name in (
+        (halves[0], filters.before, f"before: {count} filters"),
+        (halves[1], filters.after, f"after: {live} of {count} left"),
+    ):
+        half.suptitle(name, fontsize=10)
+        axes = half.subplots(rows, columns, squeeze=False).flat
+        for axis in axes:
+            axis.axis("off")
+        for i in range(count):
+            axis, gone = axes[i], not bool(filters.live[i])
+            height, width = weights.shape[2:]
+            if gone and weights is filters.after:
+                axis.imshow([[0.8]], cmap="gray", vmin=0, vmax=1, extent=(0, width, 0, height))
+            else:
+                _draw_filter(axis, weights[i], limit, alpha=0.35 if gone else 1.0)
+            if gone:
+                for ends in ((0, height), (height, 0)):
+                    axis.plot((0, width), ends, color="0.45", linewidth=1.2)
+            axis.set(xlim=(0, width), ylim=(0, height))
+            axis.set_title(str(i), fontsize=6, pad=1.5, color="0.55" if gone else "black")
+            axis.axis("on")
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(color="0.7" if gone else "black", linewidth=0.8)
+    return save_figure(figure, path)
+
+
+def _draw_filter(axis: Axes, weight: Tensor, limit: float, alpha: float) -> None:
+    """One filter, [channels, height, width]."""
+    height, width = weight.shape[1:]
+    extent = (0, width, 0, height)
+    if len(weight) == 3:
+        picture = (0.5 + 0.5 * weight / limit).clamp(0, 1).permute(1, 2, 0)
+        axis.imshow(picture.numpy(), alpha=alpha, extent=extent)
+    else:
+        picture = weight.mean(dim=0)
+        axis.imshow(picture.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=alpha, extent=extent)

@@ -15,9 +15,10 @@ from .compaction import CompactionPlan, compact, mask_channels, max_relative_err
 from .config import check_choice, check_fraction, check_positive
 from .cost import METRICS, Cost, CostModel
 from .criteria import CRITERIA, saliency
-from .inputs import ExampleInputs, without_labels
-from .latency_cost import measure_latency_cost, select_measured
-from .outcome import PruneReport
+from .inputs import ExampleInputs, to_model, without_labels
+from .latency_budget import measured_seconds, select_measured
+from .latency_cost import measure_latency_cost
+from .outcome import BudgetReport, PruneReport
 from .recalibration import check_recalibrate, wanted_batches
 from .recalibration import recalibrate as retake_statistics
 from .reconstruction import reconstruct as refit_consumers
@@ -121,16 +122,21 @@ def prune_channels(
             removable=removable,
         )
 
-    if metric == "latency":
-        mask, _ = select_measured(model, example_inputs, graph, target, choose)
-    else:
-        mask = choose(target)
+    measured = metric == "latency"
+    if measured:
+        found = select_measured(model, example_inputs, graph, target, choose, values, round_to=round_to)
+    mask = found.mask if measured else choose(target)
     plan = CompactionPlan.from_mask(graph, mask, remove_branches=remove_branches)
     if reconstruct:
         model, _ = refit_consumers(model, example_inputs, plan, data)
     if recalibrate:
         model = mask_channels(model, example_inputs, plan)
         retake_statistics(model, map(without_labels, data[: wanted_batches(recalibrate)]))
-    smaller = compact(model, example_inputs, plan)
+    dense, smaller = model, compact(model, example_inputs, plan)
     error = max_relative_error(mask_channels(model, example_inputs, plan), smaller, example_inputs)
-    return PruneResult(smaller, plan, PruneReport.of(graph, plan, error))
+    if measured:
+        seconds = measured_seconds(dense, smaller, to_model(example_inputs, dense))
+        budget = BudgetReport.measured(cost, mask, target, seconds)
+    else:
+        budget = BudgetReport.counted(graph, cost, mask, target, round_to)
+    return PruneResult(smaller, plan, PruneReport.of(graph, plan, error, budget))

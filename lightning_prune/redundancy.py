@@ -25,7 +25,7 @@ class Duplicate:
     """Channel ``drop`` repeats channel ``keep`` of the same group.
 
     ``distance`` is the largest difference of their filters, biases and norm parameters over the largest magnitude in the
-    group: 0 for exact duplicates.
+    group: 0 for exact duplicates. Where ``cosine`` was asked for, it is 1 minus the cosine.
     """
 
     group: str
@@ -58,14 +58,27 @@ def _signatures(tensors: dict[str, Tensor], group: ChannelGroup, statistics: boo
     return torch.cat(parts, dim=1)
 
 
+def _producers(tensors: dict[str, Tensor], group: ChannelGroup) -> Tensor:
+    """Filters and biases that produce each channel, in their own scale; [size, features], float64."""
+    biases = {member.tensor.removesuffix("weight") + "bias" for member in group.by_role("out")}
+    parts = []
+    for member in group.members:
+        if member.role == "out" or member.tensor in biases:
+            tensor = tensors[member.tensor].detach().double().cpu()
+            rows = tensor.transpose(0, member.dim).reshape(tensor.shape[member.dim], -1)
+            parts.append(rows[torch.from_numpy(member.index)].flatten(1))
+    return torch.cat(parts, dim=1)
+
+
 def find_duplicate_channels(
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
     tolerance: float = 0.0,
+    cosine: float | None = None,
     graph: ChannelGraph | None = None,
 ) -> list[Duplicate]:
-    """Find channels that compute the same as another channel of their group, up to ``tolerance``.
+    """Find channels that compute the same as another channel of their group, up to ``tolerance`` or to their length.
 
     Two channels are duplicates when all their producers' filters, their biases and the norms they pass agree (running
     statistics too for ``tolerance=0``). Each channel is compared with the channels that are kept; the first of a set of
@@ -75,6 +88,8 @@ def find_duplicate_channels(
         model: any ``nn.Module``; untouched.
         example_inputs: for tracing.
         tolerance: largest difference relative to the largest magnitude of the tensor in question.
+        cosine: instead of by ``tolerance``, channels are duplicates whose producing filters and biases point the same way:
+            with a cosine of at least so much, in (0, 1]. Norms do not count: they only scale and shift.
         graph: skips tracing when it is at hand.
 
     Returns:
@@ -82,17 +97,26 @@ def find_duplicate_channels(
     """
     if tolerance < 0:
         raise ValueError(f"tolerance must not be negative; got {tolerance!r}")
+    if cosine is not None and not 0.0 < cosine <= 1.0:
+        raise ValueError(f"cosine must be in (0, 1]; got {cosine!r}")
     graph = graph if graph is not None else trace_channels(model, example_inputs)
     tensors = named_tensors(model)
+    limit = tolerance if cosine is None else 1.0 - cosine
     found = []
     for group in graph.groups:
-        rows = _signatures(tensors, group, statistics=tolerance == 0)
+        if cosine is None:
+            rows = _signatures(tensors, group, statistics=tolerance == 0)
+        else:
+            rows = torch.nn.functional.normalize(_producers(tensors, group), dim=1)
         kept: list[int] = []
         for channel in range(group.size):
             if kept:
-                distances = (rows[kept] - rows[channel]).abs().amax(dim=1)
+                if cosine is None:
+                    distances = (rows[kept] - rows[channel]).abs().amax(dim=1)
+                else:
+                    distances = 1.0 - rows[kept] @ rows[channel]
                 best = int(distances.argmin())
-                if float(distances[best]) <= tolerance:
+                if float(distances[best]) <= limit:
                     found.append(Duplicate(group.name, kept[best], channel, float(distances[best])))
                     continue
             kept.append(channel)

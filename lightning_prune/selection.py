@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 
-from .channels.groups import ChannelGraph, Mask
-from .cost import Cost
+from .channels.groups import ChannelGraph, ChannelGroup, Mask
+from .cost import COUNTED, Cost
 from .errors import BudgetError
 
 Floats = npt.NDArray[np.float64]
+#: a counted budget is met when so much of it is used
+_CLOSE = 0.99
+_EXCHANGES = 10
 
 
 def floor_mask(
@@ -54,7 +59,8 @@ def select_channels(
     """Keep the most salient channels whose cost is at most ``target * cost.dense``, and as close to it as possible.
 
     Removes the channels with the lowest ``saliency / marginal_cost**cost_aware`` in small rounds, pricing anew after each
-    (a layer's channels get cheaper as its neighbours shrink); then puts back, most salient first, whatever still fits.
+    (a layer's channels get cheaper as its neighbours shrink); then puts back, most salient first, whatever still fits; and,
+    where more than 1 % of a counted budget is still left, exchanges channels of different price.
 
     Args:
         graph: the traced network.
@@ -101,7 +107,10 @@ def select_channels(
         chunk = int(np.searchsorted(savings, max((now - limit) * 0.25, 0.0))) + 1
         mask[order[:chunk]] = False
     mask = _round_down(graph, values, mask, floor, round_to)
-    return _fill_up(graph, values, cost, limit, mask, round_to, eligible)
+    mask = _fill_up(graph, values, cost, limit, mask, round_to, eligible)
+    if cost.metric in COUNTED:  # a measured cost has its own last word
+        mask = _exchange(graph, values, cost, limit, mask, floor, round_to, eligible)
+    return mask
 
 
 def _round_down(graph: ChannelGraph, values: Floats, mask: Mask, floor: Mask, round_to: int) -> Mask:
@@ -121,6 +130,79 @@ def _round_down(graph: ChannelGraph, values: Floats, mask: Mask, floor: Mask, ro
     return mask
 
 
+def block_to_add(
+    group: ChannelGroup, values: Floats, mask: Mask, round_to: int, eligible: Mask | None
+) -> npt.NDArray[np.int64]:
+    """The most salient removed channels of a group by which it may grow; empty when it may not."""
+    removed = ~mask[group.ids] if eligible is None else ~mask[group.ids] & eligible[group.ids]
+    candidates = group.start + np.flatnonzero(removed)
+    block = candidates[_ranked(values[candidates])][:round_to]
+    if len(block) < round_to and int(mask[group.ids].sum()) + len(block) != group.size:
+        return candidates[:0]
+    return block
+
+
+def smallest_addition(
+    graph: ChannelGraph, cost: Cost, mask: Mask, round_to: int = 1, eligible: Mask | None = None
+) -> float | None:
+    """What the cheapest block of ``round_to`` removed channels would cost to put back; None when none can be."""
+    now, values = cost.cost(mask), np.zeros(len(mask))
+    found = []
+    for group in graph.groups:
+        block = block_to_add(group, values, mask, round_to, eligible)
+        if len(block):
+            found.append(cost.cost(_with(mask, block, True)) - now)
+    return min(found, default=None)
+
+
+def _with(mask: Mask, channels: npt.NDArray[np.int64], live: bool) -> Mask:
+    result = mask.copy()
+    result[channels] = live
+    return result
+
+
+def _exchange(
+    graph: ChannelGraph, values: Floats, cost: Cost, limit: float, mask: Mask, floor: Mask, round_to: int,
+    eligible: Mask | None,
+) -> Mask:  # fmt: skip
+    """Where no channel fits any more and over 1 % of the budget is left: a more expensive block for a cheaper one.
+
+    Of the exchanges that come within 1 %, the one that loses least saliency; else the one that comes closest.
+    """
+    for _ in range(_EXCHANGES):
+        now = cost.cost(mask)
+        if now >= _CLOSE * limit:
+            break
+        marginal = cost.marginal(mask)
+        adds = [block_to_add(group, values, mask, round_to, eligible) for group in graph.groups]
+        drops = [_block_to_drop(group, values, mask, floor, round_to) for group in graph.groups]
+        best: tuple[tuple[bool, float], Mask] | None = None
+        for add, drop in itertools.permutations(range(len(graph.groups)), 2):
+            more, less = marginal[adds[add]].sum(), marginal[drops[drop]].sum()
+            if not len(adds[add]) or not len(drops[drop]) or not 0 < more - less < 2 * (limit - now):
+                continue
+            trial = _with(_with(mask, adds[add], True), drops[drop], False)
+            price = cost.cost(trial)
+            if now < price <= limit:
+                near = price >= _CLOSE * limit
+                key = (near, values[adds[add]].sum() - values[drops[drop]].sum() if near else price)
+                if best is None or key > best[0]:
+                    best = key, trial
+        if best is None:
+            break
+        mask = _fill_up(graph, values, cost, limit, best[1], round_to, eligible)
+    return mask
+
+
+def _block_to_drop(
+    group: ChannelGroup, values: Floats, mask: Mask, floor: Mask, round_to: int
+) -> npt.NDArray[np.int64]:
+    """The least salient live channels of a group by which it may shrink; empty when it may not."""
+    live = group.start + np.flatnonzero(mask[group.ids])
+    block = live[_ranked(values[live])][::-1][: len(live) % round_to or round_to]
+    return block if len(block) and not floor[block].any() else live[:0]
+
+
 def _fill_up(
     graph: ChannelGraph,
     values: Floats,
@@ -137,13 +219,7 @@ def _fill_up(
     for channel in _ranked(values):
         if mask[channel] or not allowed[channel]:
             continue
-        group = graph.groups[group_of[channel]]
-        candidates = group.start + np.flatnonzero(~mask[group.ids] & allowed[group.ids])
-        block = candidates[_ranked(values[candidates])][:round_to]
-        if len(block) < round_to and int(mask[group.ids].sum()) + len(block) != group.size:
-            continue
-        trial = mask.copy()
-        trial[block] = True
-        if cost.cost(trial) <= limit:
+        block = block_to_add(graph.groups[group_of[channel]], values, mask, round_to, eligible)
+        if len(block) and cost.cost(trial := _with(mask, block, True)) <= limit:
             mask = trial
     return mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .channels.groups import ChannelGraph, Mask
 from .channels.trace import named_tensors
@@ -21,6 +22,10 @@ class WeightKeeper:
         self._radii: list[tuple[Tensor, int, Tensor]] = []
         names = {m.tensor for g in graph.groups for m in g.members if m.role != "vector"}
         self._penalised = {id(self._tensors[name]) for name in names}
+
+    def weight(self, module: str) -> Tensor:
+        """The weight of a module."""
+        return self._tensors[f"{module}.weight" if module else "weight"]
 
     def set_mask(self, mask: Mask) -> None:
         """Choose which channels :meth:`zero_dead` holds at zero."""
@@ -92,6 +97,18 @@ class WeightKeeper:
         for weight, dim, radius in self._radii:
             norms = _filter_norms(weight, dim)
             weight.mul_(torch.where(norms > 0, radius / norms.clamp_min(1e-12), torch.ones_like(norms)))
+
+
+def first_convolution(graph: ChannelGraph, model: nn.Module) -> str | None:
+    """Name of the convolution that runs first, None without one whose filters are plain parameters."""
+    names = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd) and not module.transposed and "weight" in module._parameters
+    }
+    tensors = named_tensors(model)
+    order = (out.module for out in graph.outputs)
+    return next((n for n in order if n in names and (f"{n}.weight" if n else "weight") in tensors), None)
 
 
 def _filter_norms(weight: Tensor, dim: int) -> Tensor:

@@ -83,6 +83,7 @@ def test_files_give_the_measured_network_again(small_run: tuple[Path, dict, Task
             g: len(removed) for g, removed in plan.removed.items() if len(removed)
         }
         assert (where / "gates.png").read_bytes().startswith(b"\x89PNG")
+        assert (where / "filters.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "digits" / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -17,6 +17,7 @@ from lightning_prune import (
     CompactionPlan,
     Latency,
     compare_latency,
+    latency_budget,
     latency_cost,
     profile,
     prune_channels,
@@ -24,7 +25,8 @@ from lightning_prune import (
 )
 from lightning_prune.channels import ChannelGraph
 from lightning_prune.compaction import apply_plan
-from lightning_prune.latency_cost import LatencyCost, LayerTable, measure_latency_cost, select_measured
+from lightning_prune.latency_budget import select_measured
+from lightning_prune.latency_cost import LatencyCost, LayerTable, measure_latency_cost
 from tests.fit.toys import ToyModule, loader, trainer
 
 
@@ -41,11 +43,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return Latency.from_seconds([5e-6 + 1e-9 * profile(model, x).macs])
 
     monkeypatch.setattr(latency_cost, "measure_latency", lambda model, x, **options: seconds(model, x))
-    monkeypatch.setattr(
-        latency_cost,
-        "compare_latency",
-        lambda models, x, **options: {n: seconds(m, x) for n, m in models.items()},
-    )
+    for module in (latency_cost, latency_budget):
+        monkeypatch.setattr(
+            module,
+            "compare_latency",
+            lambda models, x, **options: {n: seconds(m, x) for n, m in models.items()},
+        )
 
 
 class Wide(nn.Module):
@@ -133,7 +136,8 @@ def test_the_stopwatch_has_the_last_word() -> None:
         aims.append(share)
         return uniform(graph, min(1.0, 0.35 + share))
 
-    mask, share = select_measured(model, x, graph, 0.5, too_careful)
+    found = select_measured(model, x, graph, 0.5, too_careful, np.zeros(graph.num_channels))
+    mask, share = found.mask, found.share
     assert len(aims) > 1
     assert aims[1] < aims[0] == 0.5
     assert 0.5 * 0.97 <= share <= 0.5
@@ -145,7 +149,32 @@ def test_the_stopwatch_has_the_last_word() -> None:
         raise BudgetError("no")
 
     with pytest.raises(BudgetError):
-        select_measured(model, x, graph, 0.5, unreachable)
+        select_measured(model, x, graph, 0.5, unreachable, np.zeros(graph.num_channels))
+
+
+def test_a_staircase_is_climbed_group_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time in steps of 16 channels of one layer, smooth in another: no common aim meets the target, single widths do."""
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    x = torch.randn(2, 4)
+    graph = trace_channels(model, x)
+
+    def seconds(network: nn.Module) -> float:
+        first, second = network[0].out_features, network[2].out_features
+        return 16 * -(-second // 16) + 0.25 * first
+
+    def fake(models: dict[str, nn.Module], x: Tensor, **options: object) -> dict[str, Latency]:
+        return {name: Latency.from_seconds([seconds(m)]) for name, m in models.items()}
+
+    monkeypatch.setattr(latency_budget, "compare_latency", fake)
+    values = np.concatenate([np.linspace(1, 0, 64), np.linspace(1, 0, 64)])
+    target = 0.56  # between the steps at 32 (0.5 with equal widths) and 33 channels (0.70)
+    found = select_measured(model, x, graph, target, lambda share: uniform(graph, share), values)
+    assert 0.97 * target <= found.share <= target
+    plan = CompactionPlan.from_mask(graph, found.mask)
+    assert found.share == seconds(apply_plan(model, plan)) / seconds(model)
+    for group in graph:
+        live = found.mask[group.ids]
+        assert live[: live.sum()].all(), "the most salient channels of each group"
 
 
 @pytest.mark.usefixtures("clock")

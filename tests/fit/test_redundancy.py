@@ -173,3 +173,22 @@ def test_from_scratch_uses_the_compact_fans() -> None:
     assert float(fresh[2].weight.detach().var()) == pytest.approx(2 / (50 * 9), rel=0.05)
     again = from_scratch(net, plan, seed=1)
     assert torch.equal(fresh[2].weight, again[2].weight)
+
+
+def test_duplicates_by_direction() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 5, (3, 1)), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    x = torch.randn(1, 1, 6, 6)
+    with torch.no_grad():
+        net[0].weight[3], net[0].bias[3] = 2.5 * net[0].weight[1], 2.5 * net[0].bias[1]
+        net[0].weight[4], net[0].bias[4] = -net[0].weight[0], -net[0].bias[0]
+    rows = torch.cat([net[0].weight.detach().flatten(1), net[0].bias.detach()[:, None]], dim=1).double()
+    cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=2)
+    assert not find_duplicate_channels(net, x, tolerance=0.1)
+    (found,) = find_duplicate_channels(net, x, cosine=0.999)
+    assert (found.keep, found.drop) == (1, 3), "a positive multiple; the negative one is none"
+    assert found.distance == pytest.approx(0, abs=1e-6)
+    threshold = float(cosines[0, 2]) - 1e-6
+    if threshold > 0:
+        assert any((d.keep, d.drop) == (0, 2) for d in find_duplicate_channels(net, x, cosine=threshold))
+    with pytest.raises(ValueError, match=r"cosine must be in \(0, 1\]; got 0"):
+        find_duplicate_channels(net, x, cosine=0.0)
