@@ -137,7 +137,12 @@ def _style(row: Row, index: int) -> dict[str, Any]:
         return {"color": "crimson", "linewidth": 2.2, "marker": "o", "zorder": 3}
     if row.method in FROM_SCRATCH:
         return {"color": "0.35" if row.method == "from_scratch" else "0.6", "linestyle": "--", "marker": "s"}
-    return {"color": f"C{index % 10}", "linewidth": 1.1, "marker": "ovD^<>Pp*hX"[index % 11]}
+    colours = (0, 1, 2, 4, 5, 6, 8, 9)  # without the red and the grey of the others
+    return {
+        "color": f"C{colours[index % len(colours)]}",
+        "linewidth": 1.1,
+        "marker": "ovD^<>Pp*hX"[index % 11],
+    }
 
 
 def environment(*packages: str) -> dict[str, str]:
