@@ -11,6 +11,8 @@ void masked_backward_cuda(const MaskedBackward&, const Env&, void* stream);
 void compact_forward_cuda(const CompactForward&, const Env&, void* stream);
 void pack_cuda(const View& weight, DType dtype, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw,
                int64_t groups, void* packed, void* stream);
+void pack_tensor_cuda(const View& weight, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw, int lanes,
+                      bool depthwise, float* packed, int64_t size, void* stream);
 #else
 template <class... Args>
 void masked_forward_cuda(const Args&...) {}
@@ -20,6 +22,8 @@ template <class... Args>
 void compact_forward_cuda(const Args&...) {}
 template <class... Args>
 void pack_cuda(const Args&...) {}
+template <class... Args>
+void pack_tensor_cuda(const Args&...) {}
 #endif
 
 }  // namespace lp

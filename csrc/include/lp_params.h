@@ -136,6 +136,11 @@ struct CompactForward {
   IndexList in_index, out_index;
   int64_t x_channels, y_channels;
   Act act;
+  // CUDA, tensor cores: weights in x's dtype (8 lanes) or float32 for tf32 (4 lanes) behind the direct layout; 0: none.
+  int lanes;
+  const void* tensor_weight;
+  bool bias_is_float;  // else x's dtype
+  bool y_has_room;     // y's channels are followed by memory of its own up to a multiple of 8
 };
 
 }  // namespace lp

@@ -19,27 +19,35 @@ from lightning_prune.ops import reference
 from tests.ops.conv_cases import TOLERANCE, ConvCase, conv_cases, error
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = Path(__file__).with_name("cuda_index_emulation.cpp")
+HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 ACTIVATION_NUMBER = {name: number for number, name in enumerate(ops.ACTIVATIONS)}
 
 
-@pytest.fixture(scope="module")
-def emulator() -> ctypes.CDLL:
+def compiled(source: str, *more: str) -> ctypes.CDLL:
+    """The library of one emulation, compiled when it or a header of the CUDA kernels has changed."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    used = [SOURCE, ROOT / "csrc/kernels/cuda/conv_problems.h", ROOT / "csrc/include/lp_params.h"]
+    kernels = ROOT / "csrc" / "kernels" / "cuda"
+    headers = [*sorted(kernels.glob("*.h")), *sorted(kernels.glob("*.cuh")), ROOT / "csrc/include/lp_params.h"]
+    used = [HERE / source, *(HERE / name for name in more), *headers]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in used)).hexdigest()[:16]
-    library = ROOT / "build" / "test-objects" / f"emulation-{digest}.so"
+    library = ROOT / "build" / "test-objects" / f"{Path(source).stem}-{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}.tmp")
-        command = [compiler, "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", str(SOURCE), "-o", str(partial)]
+        flags = ["-O2", "-std=c++17", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+        command = [compiler, *flags, f"-I{ROOT / 'csrc'}", f"-I{HERE}", str(HERE / source), "-o", str(partial)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         partial.replace(library)
     return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def emulator() -> ctypes.CDLL:
+    return compiled("cuda_index_emulation.cpp")
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:

@@ -1,0 +1,112 @@
+// Depthwise convolution over rows of channels: eight channels of four neighbouring outputs per thread, float32 sums. Every
+// input of a window row is read once for all four.
+#pragma once
+#include "tensor_conv.cuh"
+
+namespace lp {
+namespace cuda {
+
+constexpr int kStrip = 4;
+
+LP_HD int64_t depthwise_units(const TensorConv& p) {
+  const int64_t images = p.pixels / (p.out_h * p.out_w);
+  return images * p.out_h * ((p.out_w + kStrip - 1) / kStrip) * (p.columns / 8);
+}
+
+// Eight values, of which `count` exist.
+template <class S>
+LP_DEVICE void load_eight(const void* from, int64_t offset, int count, float* v) {
+  using E = typename S::Element;
+  const E* at = static_cast<const E*>(from) + offset;
+  if (count >= 8) {
+#pragma unroll
+    for (int i = 0; i < 8 / S::kLanes; ++i) unpack<S>(reinterpret_cast<const Piece16*>(at)[i], v + i * S::kLanes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = i < count ? S::load(at[i]) : 0.f;
+  }
+}
+
+struct Strip {
+  int n, oh, ow, channel;
+};
+
+// KW, STRIDE > 0: width of the window and its step, dilation 1; KW = 0: any.
+template <class S, int KW, int STRIDE>
+LP_DEVICE void depthwise_strip(const TensorConv& p, const Strip& at) {
+  const int left = p.channels - at.channel;
+  const int64_t image = at.n * p.x_n + at.channel;
+  const int kh = p.taps / p.kw, h0 = at.oh * p.stride_h - p.pad_h, w0 = at.ow * p.stride_w - p.pad_w;
+  Eight sums[kStrip] = {};
+  for (int r = 0; r < kh; ++r) {
+    const int h = h0 + r * p.dil_h;
+    if (unsigned(h) >= unsigned(p.height)) continue;
+    const int64_t row = image + int64_t(h) * p.x_h, weights = int64_t(r) * p.kw * p.columns + at.channel;
+    if constexpr (KW > 0) {
+      float w[KW][8];
+#pragma unroll
+      for (int k = 0; k < KW; ++k) load_eight<S>(p.weight, weights + k * p.columns, 8, w[k]);
+#pragma unroll
+      for (int c = 0; c < (kStrip - 1) * STRIDE + KW; ++c) {
+        float v[8];
+        if (unsigned(w0 + c) >= unsigned(p.width)) continue;
+        load_eight<S>(p.x, row + int64_t(w0 + c) * p.x_w, left, v);
+#pragma unroll
+        for (int j = 0; j < kStrip; ++j) {
+          if (c - j * STRIDE < 0 || c - j * STRIDE >= KW) continue;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) sums[j].v[i] += v[i] * w[c - j * STRIDE][i];
+        }
+      }
+    } else {
+      for (int k = 0; k < p.kw; ++k) {
+        float w[8], v[8];
+        load_eight<S>(p.weight, weights + int64_t(k) * p.columns, 8, w);
+#pragma unroll
+        for (int j = 0; j < kStrip; ++j) {
+          const int column = w0 + j * p.stride_w + k * p.dil_w;
+          if (unsigned(column) >= unsigned(p.width)) continue;
+          load_eight<S>(p.x, row + int64_t(column) * p.x_w, left, v);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) sums[j].v[i] += v[i] * w[i];
+        }
+      }
+    }
+  }
+  const int m = (at.n * p.out_h + at.oh) * p.out_w + at.ow;
+#pragma unroll
+  for (int j = 0; j < kStrip; ++j) {
+    if (at.ow + j >= p.out_w) break;
+    if (p.y_vector && !p.out_index) {
+      finish_eight<S>(p, m + j, at.channel, sums[j]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) finish_one<S>(p, m + j, at.channel + i, sums[j].v[i]);
+    }
+  }
+}
+
+// Units in the order of memory: channels, then columns, rows, images.
+LP_HD Strip strip_of(const TensorConv& p, int64_t unit) {
+  const int chunks = p.columns / 8, strips = (p.out_w + kStrip - 1) / kStrip;
+  const int64_t row = unit / chunks / strips;
+  return Strip{int(row / p.out_h), int(row % p.out_h), int(unit / chunks % strips) * kStrip, int(unit % chunks) * 8};
+}
+
+template <class S, int KW, int STRIDE>
+LP_DEVICE void depthwise_unit_of(const TensorConv& p, int64_t unit) {
+  if (unit >= 0 && unit < depthwise_units(p)) depthwise_strip<S, KW, STRIDE>(p, strip_of(p, unit));
+}
+
+// Calls `with` for the variant that fits.
+template <class F>
+void with_depthwise_variant(const TensorConv& p, F&& with) {
+  const bool plain = p.dil_w == 1;
+  if (plain && p.kw == 3 && p.stride_w == 1) return with.template operator()<3, 1>();
+  if (plain && p.kw == 3 && p.stride_w == 2) return with.template operator()<3, 2>();
+  if (plain && p.kw == 5 && p.stride_w == 1) return with.template operator()<5, 1>();
+  return with.template operator()<0, 0>();
+}
+
+}  // namespace cuda
+}  // namespace lp

@@ -1,0 +1,299 @@
+// Convolution on tensor cores: cp.async in several stages, ldmatrix, mma.sync, float32 sums, everything else in the epilogue.
+// Deterministic: the depth is summed in order, a split depth is added up in order by a second kernel.
+#pragma once
+#include "conv_problems.h"
+#include "simt.h"
+#include "tensor_layout.h"
+
+namespace lp {
+namespace cuda {
+
+// 16 bytes of storage.
+struct alignas(16) Piece16 {
+  uint32_t words[4];
+};
+struct alignas(8) Pair {
+  float a, b;
+};
+struct alignas(16) Eight {
+  float v[8];
+};
+
+template <class S>
+LP_DEVICE void unpack(const Piece16& piece, float* v) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (S::kLanes == 8) {
+      v[2 * i] = S::load(typename S::Element(piece.words[i] & 0xffff));
+      v[2 * i + 1] = S::load(typename S::Element(piece.words[i] >> 16));
+    } else {
+      v[i] = float_of_bits(piece.words[i]);
+    }
+  }
+}
+
+template <class S>
+LP_DEVICE Piece16 pack(const float* v) {
+  Piece16 piece;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (S::kLanes == 8)
+      piece.words[i] = uint32_t(S::save(v[2 * i])) | uint32_t(S::save(v[2 * i + 1])) << 16;
+    else
+      piece.words[i] = bits_of_float(v[i]);
+  }
+  return piece;
+}
+
+template <class S>
+LP_DEVICE float bias_at(const TensorConv& p, int o) {
+  if (p.bias_is_float) return static_cast<const float*>(p.bias)[o];
+  return S::load(static_cast<const typename S::Element*>(p.bias)[o]);
+}
+
+struct PixelOffset {
+  int64_t y, r;
+};
+LP_DEVICE PixelOffset offset_of(const TensorConv& p, int m) {
+  if (p.y_linear) return PixelOffset{int64_t(m) * p.y_w, int64_t(m) * p.r_w};
+  const int per_image = p.out_h * p.out_w;
+  const int n = m / per_image, rest = m - n * per_image, oh = rest / p.out_w, ow = rest - oh * p.out_w;
+  return PixelOffset{n * p.y_n + int64_t(oh) * p.y_h + int64_t(ow) * p.y_w,
+                     n * p.r_n + int64_t(oh) * p.r_h + int64_t(ow) * p.r_w};
+}
+
+// One branch for eight values.
+LP_DEVICE void activate_eight(Act act, float* v) {
+  if (act == Act::none) return;
+  if (act == Act::relu) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = activate(Act::relu, v[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = activate(act, v[i]);
+}
+
+// Bias, residual, activation and store of one sum.
+template <class S>
+LP_DEVICE void finish_one(const TensorConv& p, int m, int o, float v) {
+  using E = typename S::Element;
+  if (o >= p.outputs) return;
+  const int64_t c = p.out_index ? p.out_index[o] : o;
+  if (c < 0 || c >= p.y_channels) return;
+  const PixelOffset at = offset_of(p, m);
+  if (p.bias) v += bias_at<S>(p, o);
+  if (p.residual) v += S::load(static_cast<const E*>(p.residual)[at.r + c * p.r_c]);
+  static_cast<E*>(p.y)[at.y + c * p.y_c] = S::save(activate(p.act, v));
+}
+
+// The same for outputs o .. o + 7 of pixel m, which exist in y's rows; those past the last output are zero.
+template <class S>
+LP_DEVICE void finish_eight(const TensorConv& p, int m, int o, Eight sums) {
+  float* v = sums.v;
+  using E = typename S::Element;
+  constexpr int kPieces = 8 / S::kLanes;
+  const PixelOffset at = offset_of(p, m);
+  const bool whole = o + 8 <= p.outputs;
+  if (p.bias) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (o + i < p.outputs) v[i] += bias_at<S>(p, o + i);
+  }
+  if (p.residual) {
+    const E* r = static_cast<const E*>(p.residual) + at.r + o * p.r_c;
+    float add[8];
+    if (p.r_vector && whole) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) unpack<S>(reinterpret_cast<const Piece16*>(r)[i], add + i * S::kLanes);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) add[i] = o + i < p.outputs ? S::load(r[i * p.r_c]) : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] += add[i];
+  }
+  activate_eight(p.act, v);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = o + i < p.outputs ? v[i] : 0.f;
+  Piece16* y = reinterpret_cast<Piece16*>(static_cast<E*>(p.y) + at.y + o);
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) y[i] = pack<S>(v + i * S::kLanes);
+}
+
+template <class T>
+struct TensorConvKernel {
+  using S = typename T::S;
+  using E = typename S::Element;
+
+  const TensorConv& p;
+  char* memory;
+  int tid, lane, warp_m, warp_n;
+  int first_column;
+  Window windows[T::kRows];
+  DepthCursor cursor;
+  int tap_step, chunk_step;
+  float sums[T::MI][T::NI][4];
+
+  LP_DEVICE TensorConvKernel(const TensorConv& params, char* shared) : p(params), memory(shared) {
+    tid = simt::thread();
+    lane = tid % 32;
+    const int warp = tid / 32;
+    warp_m = warp % T::kWarpsM * T::WM;
+    warp_n = warp / T::kWarpsM * T::WN;
+    first_column = simt::block_y() * T::BN;
+#pragma unroll
+    for (int i = 0; i < T::kRows; ++i) windows[i] = window_of(p, first_row() + row_of(i));
+    tap_step = T::CH / p.chunks;
+    chunk_step = T::CH % p.chunks;
+#pragma unroll
+    for (int i = 0; i < T::MI; ++i)
+#pragma unroll
+      for (int j = 0; j < T::NI; ++j)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[i][j][k] = 0.f;
+  }
+
+  LP_DEVICE int first_row() const { return simt::block_x() * T::BM; }
+  // Neighbouring threads copy neighbouring chunks of one row.
+  LP_DEVICE int row_of(int i) const { return tid / T::CH + i * (T::kThreads / T::CH); }
+
+  // Copies of one step: depth chunks q0 .. q0 + CH - 1 into a slot.
+  LP_DEVICE void copy_step(int q0, int slot) {
+    char* a = memory + slot * T::kStageBytes;
+    char* b = a + T::CH * T::kPlaneA;
+    const int plane = tid % T::CH;
+#pragma unroll
+    for (int i = 0; i < T::kRows; ++i) {
+      const Piece piece = input_piece<S>(p, windows[i], cursor);
+      simt::copy16(a + plane * T::kPlaneA + row_of(i) * 16, static_cast<const E*>(p.x) + piece.offset, piece.bytes);
+    }
+    cursor.advance(p, tap_step, chunk_step);
+    const int depth = p.taps * p.chunks;
+#pragma unroll
+    for (int u0 = 0; u0 < T::CH * T::BN; u0 += T::kThreads) {
+      const int u = u0 + tid;
+      if (T::CH * T::BN % T::kThreads != 0 && u >= T::CH * T::BN) break;
+      const int j = u / T::BN, n = u % T::BN, q = q0 + j;
+      const bool exists = q < depth && first_column + n < p.columns;
+      const int64_t offset = exists ? (int64_t(q) * p.columns + first_column + n) * S::kLanes : 0;
+      simt::copy16(b + j * T::kPlaneB + n * 16, static_cast<const E*>(p.weight) + offset, exists ? 16 : 0);
+    }
+  }
+
+  LP_DEVICE void multiply_step(int slot) {
+    const char* a = memory + slot * T::kStageBytes + (warp_m + lane % 16) * 16 + lane / 16 * T::kPlaneA;
+    const char* b = memory + slot * T::kStageBytes + T::CH * T::kPlaneA + warp_n * 16;
+    const char* b4 = b + (lane % 8 + lane / 16 * 8) * 16 + lane / 8 % 2 * T::kPlaneB;
+    const char* b2 = b + lane % 8 * 16 + lane / 8 % 2 * T::kPlaneB;
+#pragma unroll
+    for (int k = 0; k < T::CH; k += 2) {
+      uint32_t fa[T::MI][4], fb[T::NI][2];
+#pragma unroll
+      for (int i = 0; i < T::MI; ++i) simt::load4(fa[i], a + k * T::kPlaneA + i * 256);
+#pragma unroll
+      for (int j = 0; j + 1 < T::NI; j += 2) {
+        uint32_t both[4];
+        simt::load4(both, b4 + k * T::kPlaneB + j * 128);
+        fb[j][0] = both[0], fb[j][1] = both[1], fb[j + 1][0] = both[2], fb[j + 1][1] = both[3];
+      }
+      if constexpr (T::NI % 2 == 1) simt::load2(fb[T::NI - 1], b2 + k * T::kPlaneB + (T::NI - 1) * 128);
+      if constexpr (S::kLanes == 4) {
+#pragma unroll
+        for (int i = 0; i < T::MI; ++i)
+#pragma unroll
+          for (int r = 0; r < 4; ++r) fa[i][r] = simt::rounded_tf32(fa[i][r]);
+#pragma unroll
+        for (int j = 0; j < T::NI; ++j) fb[j][0] = simt::rounded_tf32(fb[j][0]), fb[j][1] = simt::rounded_tf32(fb[j][1]);
+      }
+#pragma unroll
+      for (int i = 0; i < T::MI; ++i)
+#pragma unroll
+        for (int j = 0; j < T::NI; ++j) simt::multiply<S>(sums[i][j], fa[i], fb[j]);
+    }
+  }
+
+  LP_DEVICE void run() {
+    const int first = simt::block_z() * p.steps_per_split;
+    const int all = (p.taps * p.chunks + T::CH - 1) / T::CH;
+    const int last = first + p.steps_per_split < all ? first + p.steps_per_split : all;
+    const int steps = last - first;
+    cursor = DepthCursor::at(p, first * T::CH + tid % T::CH);
+#pragma unroll
+    for (int s = 0; s < T::STAGES - 1; ++s) {
+      if (s < steps) copy_step((first + s) * T::CH, s);
+      simt::copies_end_group();
+    }
+    int slot = 0, next = T::STAGES - 1;
+    for (int s = 0; s < steps; ++s) {
+      simt::copies_wait<T::STAGES - 2>();
+      simt::sync_block();  // the copies of all threads are here, and nobody reads slot `next` any more
+      if (s + T::STAGES - 1 < steps) copy_step((first + s + T::STAGES - 1) * T::CH, next);
+      simt::copies_end_group();
+      multiply_step(slot);
+      slot = slot + 1 == T::STAGES ? 0 : slot + 1;
+      next = next + 1 == T::STAGES ? 0 : next + 1;
+    }
+    simt::copies_wait<0>();
+    simt::sync_block();
+    finish();
+  }
+
+  // Through shared memory, each warp for itself, so that rows of channels are read and written in 16 bytes.
+  LP_DEVICE void finish() {
+    constexpr int kStride = T::kSumStride;
+    float* rows = reinterpret_cast<float*>(memory) + (tid / 32) * T::WM * kStride;
+    float* at = rows + lane / 4 * kStride + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < T::MI; ++i)
+#pragma unroll
+      for (int j = 0; j < T::NI; ++j) {
+        *reinterpret_cast<Pair*>(at + i * 16 * kStride + j * 8) = Pair{sums[i][j][0], sums[i][j][1]};
+        *reinterpret_cast<Pair*>(at + (i * 16 + 8) * kStride + j * 8) = Pair{sums[i][j][2], sums[i][j][3]};
+      }
+    simt::sync_warp();
+    const int row = first_row() + warp_m, column = first_column + warp_n;
+    if (p.partial || (p.y_vector && !p.out_index)) {
+#pragma unroll 1
+      for (int u = lane; u < T::WM * T::NI; u += 32) {
+        const int m = row + u / T::NI, o = column + u % T::NI * 8;
+        if (m >= p.pixels || o >= p.columns) continue;
+        const Eight v = *reinterpret_cast<const Eight*>(rows + u / T::NI * kStride + u % T::NI * 8);
+        if (p.partial)
+          *reinterpret_cast<Eight*>(p.partial + (int64_t(simt::block_z()) * p.pixels + m) * p.columns + o) = v;
+        else
+          finish_eight<S>(p, m, o, v);
+      }
+    } else {
+#pragma unroll 1
+      for (int e = lane; e < T::WM * T::WN; e += 32) {
+        const int r = p.pixels_first ? e % T::WM : e / T::WN, c = p.pixels_first ? e / T::WM : e % T::WN;
+        if (row + r < p.pixels) finish_one<S>(p, row + r, column + c, rows[r * kStride + c]);
+      }
+    }
+  }
+};
+
+// Adds up the parts of a split depth; one thread per eight outputs of a pixel.
+template <class S>
+LP_DEVICE void add_parts(const TensorConv& p, int64_t unit) {
+  const int per_pixel = p.columns / 8;
+  if (unit >= int64_t(p.pixels) * per_pixel) return;
+  const int m = int(p.pixels_first ? unit % p.pixels : unit / per_pixel);
+  const int o = int(p.pixels_first ? unit / p.pixels : unit % per_pixel) * 8;
+  Eight sum = {};
+  for (int s = 0; s < p.splits; ++s) {
+    const Eight part = *reinterpret_cast<const Eight*>(p.partial + (int64_t(s) * p.pixels + m) * p.columns + o);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sum.v[k] += part.v[k];
+  }
+  if (p.y_vector && !p.out_index) {
+    finish_eight<S>(p, m, o, sum);
+  } else {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) finish_one<S>(p, m, o + k, sum.v[k]);
+  }
+}
+
+}  // namespace cuda
+}  // namespace lp

@@ -1,0 +1,129 @@
+// Index arithmetic of the tensor-core convolution, shared by kernels, packing and the host emulation.
+#pragma once
+#include "storage.h"
+
+namespace lp {
+namespace cuda {
+
+// The product: rows are output pixels, columns outputs, depth the list of (tap, chunk), a chunk being the channels in 16
+// bytes. There is no padding per tap beyond the last chunk. Weights are packed as [tap][chunk][output][lane].
+LP_HD int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Elements of the packed weight; `lanes` is 8 for 16-bit types and 4 for float32. Depthwise: [tap][output].
+LP_HD int64_t tensor_weight_size(int64_t outputs, int64_t channels, int64_t taps, bool depthwise) {
+  return taps * round_up(outputs, 8) * (depthwise ? 1 : round_up(channels, 8));
+}
+LP_HD int64_t tensor_weight_offset(int64_t o, int64_t c, int64_t tap, int64_t outputs, int64_t channels, int lanes,
+                                   bool depthwise) {
+  if (depthwise) return tap * round_up(outputs, 8) + o;
+  const int64_t chunks = round_up(channels, 8) / lanes;
+  return ((tap * chunks + c / lanes) * round_up(outputs, 8) + o) * lanes + c % lanes;
+}
+
+LP_HD bool is_depthwise(int64_t outputs, int64_t channels_per_group, int64_t groups) {
+  return groups > 1 && groups == outputs && channels_per_group == 1;
+}
+
+// What a packed tensor carries behind the direct layout: 8 or 4 lanes, or 0 for nothing. One or two more elements (zeros)
+// tell it from a Winograd weight, whose size is a multiple of 8.
+LP_HD int tensor_lanes(int64_t size, int64_t outputs, int64_t channels_per_group, int64_t taps, int64_t groups) {
+  const bool depthwise = is_depthwise(outputs, channels_per_group, groups);
+  if (groups != 1 && !depthwise) return 0;
+  const int64_t rest = size - packed_size(outputs, channels_per_group, taps, groups) -
+                       tensor_weight_size(outputs, channels_per_group, taps, depthwise);
+  return rest == 1 ? 8 : rest == 2 ? 4 : 0;
+}
+
+struct TensorConv {
+  const void* x;         // rows of channels: 16-byte aligned, strides multiples of 16 bytes
+  const void* weight;    // tensor_weight_offset
+  const void* bias;      // float, or x's type
+  const void* residual;  // or null
+  void* y;
+  float* partial;        // [split][pixel][columns]; null: no split
+  const int64_t* out_index;
+  int64_t x_n, y_n, y_c, r_n, r_c;  // strides in elements
+  int x_h, x_w, y_h, y_w, r_h, r_w;
+  int height, width, out_h, out_w, pixels;
+  int channels, chunks, taps, kw, kw_magic;
+  int stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int outputs, columns;  // columns: outputs rounded up to 8
+  int y_channels;
+  int splits, steps_per_split;
+  Act act;
+  bool bias_is_float;
+  bool y_vector;      // y has 16-byte rows of channels with room for `columns`
+  bool r_vector;      // so has residual
+  bool y_linear;      // pixel m of y lies at m * y_w, likewise of residual
+  bool pixels_first;  // neighbouring pixels are closer in y than neighbouring channels
+};
+
+LP_HD int kw_magic_of(int64_t kw) { return int(65536 / kw + 1); }
+
+// A position in the depth list, advanced by a fixed number of chunks.
+struct DepthCursor {
+  int tap, chunk;
+  LP_HD static DepthCursor at(const TensorConv& p, int q) { return DepthCursor{q / p.chunks, q % p.chunks}; }
+  LP_HD void advance(const TensorConv& p, int taps, int chunks) {
+    tap += taps;
+    chunk += chunks;
+    if (chunk >= p.chunks) {
+      chunk -= p.chunks;
+      ++tap;
+    }
+  }
+};
+
+// The window of an output pixel: its image's offset and where tap (0, 0) lies.
+struct Window {
+  int64_t image;
+  int h, w;
+};
+
+LP_HD Window window_of(const TensorConv& p, int m) {
+  if (m >= p.pixels) return Window{0, -(1 << 28), 0};  // outside for every tap
+  const int per_image = p.out_h * p.out_w;
+  const int n = m / per_image, rest = m - n * per_image, oh = rest / p.out_w, ow = rest - oh * p.out_w;
+  return Window{n * p.x_n, oh * p.stride_h - p.pad_h, ow * p.stride_w - p.pad_w};
+}
+
+// How many bytes of the 16 at `offset` (elements) exist; the others read as zero.
+struct Piece {
+  int64_t offset;
+  int bytes;
+};
+
+template <class S>
+LP_HD Piece input_piece(const TensorConv& p, const Window& window, const DepthCursor& d) {
+  const int dh = (d.tap * p.kw_magic) >> 16, dw = d.tap - dh * p.kw;
+  const int h = window.h + dh * p.dil_h, w = window.w + dw * p.dil_w;
+  const bool inside = d.tap < p.taps && unsigned(h) < unsigned(p.height) && unsigned(w) < unsigned(p.width);
+  const int left = p.channels - d.chunk * S::kLanes;
+  const int count = left < S::kLanes ? left : S::kLanes;
+  if (!inside || count <= 0) return Piece{0, 0};
+  return Piece{window.image + int64_t(h) * p.x_h + int64_t(w) * p.x_w + d.chunk * S::kLanes, count * int(sizeof(typename S::Element))};
+}
+
+// One kernel: a tile of BM pixels x BN outputs, CH chunks of depth per step, WARPS_M x WARPS_N warps.
+template <class S_, int BM_, int BN_, int CH_, int WARPS_M, int WARPS_N, int STAGES_>
+struct Tile {
+  using S = S_;
+  static constexpr int BM = BM_, BN = BN_, CH = CH_, STAGES = STAGES_;
+  static constexpr int kWarpsM = WARPS_M, kWarpsN = WARPS_N, kThreads = 32 * WARPS_M * WARPS_N;
+  static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N, MI = WM / 16, NI = WN / 8;
+  static constexpr int kRows = BM * CH / kThreads;  // 16-byte pieces of x that a thread copies per step
+  // A chunk is a plane of BM rows of 16 bytes. The gap between planes spreads the copies of one row over all banks.
+  static constexpr int kPlaneA = BM * 16 + (CH == 4 ? 32 : 16), kPlaneB = BN * 16;
+  static constexpr int kStageBytes = CH * (kPlaneA + kPlaneB);
+  // Sums of a warp, rows padded so that writing fragments does not collide.
+  static constexpr int kSumStride = WN % 32 == 8 || WN % 32 == 24 ? WN : WN + 8;
+  static constexpr int kSumBytes = WARPS_M * WARPS_N * WM * kSumStride * 4;
+  static constexpr int kShared = STAGES * kStageBytes > kSumBytes ? STAGES * kStageBytes : kSumBytes;
+  static_assert(CH == 4 || CH == 8, "the plane gap is for 4 or 8 chunks");
+  static_assert(WM % 16 == 0 && WN % 8 == 0 && BM * CH % kThreads == 0 && kThreads % CH == 0, "tile does not divide");
+  static_assert(kSumStride % 32 == 8 || kSumStride % 32 == 24, "bank conflicts while storing");
+  static_assert(kPlaneA % 16 == 0 && kShared <= 227 * 1024, "shared memory");
+};
+
+}  // namespace cuda
+}  // namespace lp
