@@ -54,10 +54,11 @@ def test_cuda_sources_compile() -> None:
     sources = sorted(CSRC.rglob("*.cu"))
     assert sources
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    # One architecture keeps this short; the extension itself is built for sm_80, sm_90a and PTX.
+    # One architecture and one tile keep this short; the extension itself has all, for sm_80, sm_90a and PTX.
     command = [
         nvcc,
         "-gencode=arch=compute_90a,code=sm_90a",
+        "-DLP_FEW_TILES=1",
         "-O1",
         "-Werror=all-warnings",
         "-Xcompiler=-fPIC",
@@ -66,6 +67,22 @@ def test_cuda_sources_compile() -> None:
     with ThreadPoolExecutor(2) as pool:
         errors = [error for error in pool.map(lambda source: compile_once(command, source), sources) if error]
     assert not errors, "\n".join(errors)
+
+
+@needs_checkout
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["tensor_bf16.cu", "tensor_tf32.cu"])
+def test_no_tensor_core_kernel_spills_registers(source: str, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH")
+    command = [nvcc, "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-Xptxas", "-v", "-c"]
+    target = [str(CSRC / "kernels/cuda" / source), "-o", str(tmp_path / "kernels.o")]
+    run = subprocess.run([*command, *target], capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    lines = [line for line in run.stderr.splitlines() if "spill stores" in line]
+    assert len(lines) > 15
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in lines), "\n".join(lines)
 
 
 @needs_checkout

@@ -1,5 +1,6 @@
 // Binding of pack_conv2d_weight and compact_conv2d.
 #include "binding.h"
+#include "../kernels/cuda/tensor_plan.h"
 #include "launch.h"
 
 namespace lp {
@@ -31,14 +32,45 @@ int parse_algorithm(const char* op, const std::string& name, const Tensor& weigh
   const bool fits = weight.size(2) == 3 && weight.size(3) == 3 && groups == 1 && !weight.is_cuda() &&
                     weight.scalar_type() == ScalarType::Float;
   if (name == "auto") return fits && weight.size(0) >= 12 && weight.size(1) >= 12 ? 4 : 0;
-  if (name == "direct") return 0;
+  if (name == "direct" || name == "tensor_core") return 0;
   if (name != "winograd2" && name != "winograd4")
-    fail(op, ": algorithm must be one of auto, direct, winograd2, winograd4; got '", name, "'");
+    fail(op, ": algorithm must be one of auto, direct, winograd2, winograd4, tensor_core; got '", name, "'");
   if (!fits)
     fail(op, ": algorithm '", name, "' takes float32 weights of shape (O, C, 3, 3) on the CPU with groups=1; got ",
          dtype_name(weight.scalar_type()), " of shape ", show_shape(weight), weight.is_cuda() ? " on CUDA" : "",
          " with groups=", groups);
   return name == "winograd2" ? 2 : 4;
+}
+
+// Lanes of the weights behind the direct layout, or 0; tensor_cores.py has the same rule.
+int parse_lanes(const char* op, const std::string& name, const Tensor& weight, int64_t groups) {
+  const ScalarType type = weight.scalar_type();
+  const bool half = type == ScalarType::Half || type == ScalarType::BFloat16;
+  const bool depthwise = cuda::is_depthwise(weight.size(0), weight.size(1), groups);
+  const bool fits = weight.is_cuda() && (groups == 1 || depthwise) && (half || type == ScalarType::Float);
+  if (name == "tensor_core" && !fits)
+    fail(op, ": algorithm 'tensor_core' takes float32, bfloat16 or float16 weights on CUDA, dense or depthwise; got ",
+         dtype_name(type), " of shape ", show_shape(weight), weight.is_cuda() ? " on CUDA" : " on the CPU",
+         " with groups=", groups);
+  if (name == "tensor_core" || (name == "auto" && fits && (half || depthwise))) return half ? 8 : 4;
+  return 0;
+}
+
+// Channels of each pixel together, pixels at one distance: channels_last, with or without room behind the channels. Not for
+// what is also contiguous. tensor_cores.py has the same rule.
+bool rows_of_channels(const Tensor& x) {
+  const auto size = x.sizes(), stride = x.strides();
+  if (x.is_contiguous() || (size[1] > 1 && stride[1] != 1)) return false;
+  const int64_t pitch = size[3] > 1 ? stride[3] : size[2] > 1 ? stride[2] : stride[0];
+  return pitch >= size[1] && (size[2] == 1 || stride[2] == size[3] * pitch) &&
+         (size[0] == 1 || stride[0] == size[2] * size[3] * pitch);
+}
+
+Tensor padded_output(const Tensor& like, const Sizes& shape) {
+  const Sizes room{shape[0], cuda::round_up(shape[1], 8), shape[2], shape[3]};
+  Tensor y =
+      torch::stable::empty(room, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  return room[1] == shape[1] ? y : torch::stable::narrow(y, 1, 0, shape[1]);
 }
 
 Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups, const std::string& algorithm) {
@@ -50,13 +82,21 @@ Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups, const std::strin
   const Tensor w = weight.scalar_type() == type ? weight : torch::stable::to(weight, type);
   const int tile = parse_algorithm(op, algorithm, weight, groups);
   const int64_t direct = packed_size(w.size(0), w.size(1), w.size(2) * w.size(3), groups);
-  const int64_t transformed = tile == 0 ? 0 : packed_size(w.size(0), w.size(1), (tile + 2) * (tile + 2), 1);
+  const int lanes = parse_lanes(op, algorithm, weight, groups);
+  const bool depthwise = cuda::is_depthwise(w.size(0), w.size(1), groups);
+  const int64_t transformed =
+      tile != 0    ? packed_size(w.size(0), w.size(1), (tile + 2) * (tile + 2), 1)
+      : lanes != 0 ? cuda::tensor_weight_size(w.size(0), w.size(1), w.size(2) * w.size(3), depthwise) + (lanes == 8 ? 1 : 2)
+                   : 0;
   Tensor packed = torch::stable::empty(Sizes{direct + transformed}, type, std::nullopt, w.device());
   const DType dtype = storage_type(type);
   Scratch scratch(w);
   if (w.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(w.get_device_index());
     pack_cuda(view_of(w), dtype, w.size(0), w.size(1), w.size(2), w.size(3), groups, packed.data_ptr(), current_stream(w));
+    if (lanes != 0)
+      pack_tensor_cuda(view_of(w), w.size(0), w.size(1), w.size(2), w.size(3), lanes, depthwise,
+                       static_cast<float*>(packed.data_ptr()) + direct, transformed, current_stream(w));
   } else {
     pack_cpu(view_of(w), dtype, w.size(0), w.size(1), w.size(2), w.size(3), groups, packed.data_ptr(), scratch.env());
     if (tile != 0)
@@ -77,8 +117,10 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
   if (in_index) in = index_argument(op, "in_index", *in_index, x_channels, Order::any, x);
   const ConvShape s = conv_shape(op, x, weight_shape, stride, padding, dilation, groups, in ? in->size(0) : x_channels);
   const int64_t size = packed_size(s.outputs, s.channels / s.groups, s.kh * s.kw, s.groups);
-  const int tile = packed.dim() == 1 ? packed_tile(packed.size(0), s.outputs, s.channels / s.groups, s.kh, s.kw, s.groups) : -1;
-  if (tile < 0 || packed.is_cuda() != x.is_cuda())
+  const int64_t carried = packed.dim() == 1 ? packed.size(0) : -1, per_group = s.channels / s.groups;
+  const int tile = packed_tile(carried, s.outputs, per_group, s.kh, s.kw, s.groups);
+  const int lanes = tile >= 0 ? 0 : cuda::tensor_lanes(carried, s.outputs, per_group, s.kh * s.kw, s.groups);
+  if ((tile < 0 && lanes == 0) || packed.is_cuda() != x.is_cuda())
     fail(op, ": packed must have shape (", size, ") and be on x's device for weight_shape ", show(weight_shape), "; got ",
          show_shape(packed), " (make it with pack_conv2d_weight(weight, groups))");
   if (compute_type(op, "packed", packed) != type)
@@ -87,12 +129,14 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
   const auto in_compute_type = [&](const Tensor& t) {
     return t.scalar_type() == type ? torch::stable::contiguous(t) : torch::stable::to(t, type);
   };
-  const Tensor weights = in_compute_type(packed);
+  // The lanes must be those of x's dtype; otherwise the direct layout in front of them serves.
+  const bool in_rows = x.is_cuda() && type == ScalarType::Float && lanes == (x.scalar_type() == ScalarType::Float ? 4 : 8);
   std::optional<Tensor> shift;
   if (bias) {
     if (compute_type(op, "bias", *bias) != type)
       fail(op, ": bias must be ", dtype_name(type), " or x's dtype; got ", dtype_name(bias->scalar_type()));
-    const Tensor b = in_compute_type(*bias);
+    const Tensor b =
+        in_rows && bias->scalar_type() == x.scalar_type() ? torch::stable::contiguous(*bias) : in_compute_type(*bias);
     shift = vector_argument(op, "bias", b, s.outputs, b);
     if (b.is_cuda() != x.is_cuda()) fail(op, ": bias must be on the same device as x");
   }
@@ -109,21 +153,36 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
                    residual->is_cuda() != x.is_cuda()))
     fail(op, ": residual must be ", dtype_name(x.scalar_type()), " of shape ", show(y_shape), " on x's device; got ",
          dtype_name(residual->scalar_type()), " of shape ", show_shape(*residual));
-  Tensor y = new_output(x, y_shape);
+  const bool padded = in_rows && rows_of_channels(x);
+  Tensor y = padded ? padded_output(x, y_shape) : new_output(x, y_shape);
   CompactForward f{};
   f.shape = s;
   f.dtype = storage_type(x.scalar_type());
   f.x = view_of(x);
   if (residual) f.residual = view_of(*residual);
   f.y = view_of(y);
-  f.packed = weights.data_ptr();
-  f.tile = tile;
+  f.tile = tile < 0 ? 0 : tile;
   f.bias = data_of(shift);
   f.in_index = IndexList{in ? static_cast<const int64_t*>(in->data_ptr()) : nullptr, s.channels};
   f.out_index = IndexList{out ? static_cast<const int64_t*>(out->data_ptr()) : nullptr, s.outputs};
   f.x_channels = x_channels;
   f.y_channels = y_channels;
   f.act = parse_activation(op, activation);
+  f.lanes = in_rows ? lanes : 0;
+  f.y_has_room = padded;
+  std::optional<Tensor> weights;
+  if (cuda::tensor_cores_take(f)) {
+    weights = packed.scalar_type() == x.scalar_type() ? torch::stable::contiguous(packed)
+                                                      : torch::stable::to(packed, x.scalar_type());
+    const int64_t element = x.scalar_type() == ScalarType::Float ? 4 : 2;
+    f.tensor_weight = static_cast<const char*>(weights->data_ptr()) + element * size;
+    f.bias_is_float = shift && shift->scalar_type() == ScalarType::Float;
+  } else {
+    f.lanes = 0;
+    weights = in_compute_type(packed);
+    if (shift && shift->scalar_type() != type) shift = in_compute_type(*shift), f.bias = data_of(shift);
+  }
+  f.packed = weights->data_ptr();
   Scratch scratch(x);
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());

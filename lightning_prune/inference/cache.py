@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..files import write_atomically
+from ..ops.tensor_cores import tf32_allowed
 
 #: of the files; others are ignored
 FORMAT = 1
@@ -67,6 +68,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             **facts,
             "device": torch.cuda.get_device_name(device),
             "cudnn": torch.backends.cudnn.version(),
+            "tf32": tf32_allowed(),
         }
     caps = {name: os.environ[name] for name in _CAPS if name in os.environ}
     return {**facts, "device": _cpu(), "threads": torch.get_num_threads(), "caps": caps}

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.availability import can_run_compact_conv2d
+from ..ops.tensor_cores import with_room
 from . import cache
+from .cuda_graph import seconds_per_call
 from .sites import ConvSite
 
 Backend = Literal["auto", "own", "vendor"]
@@ -75,37 +77,46 @@ def _measure(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[s
     calls: dict[str, Callable[[], Tensor]] = {}
     with torch.inference_mode():
         for name, memory_format in FORMATS.items():
-            maps = x.contiguous(memory_format=memory_format)
             for kind, module in (("vendor", site.vendor()), ("own", own)):
                 ready = cast(nn.Module, module).to(device, dtype)
-                ready = ready.to(memory_format=memory_format) if kind == "vendor" else ready  # type: ignore[call-overload]
-                residual = torch.randn_like(ready(maps)) if site.residual and kind == "vendor" else None
-                if site.residual and residual is None:
-                    plain = site.vendor().to(device, dtype)(maps)
-                    residual = torch.randn_like(plain.contiguous(memory_format=memory_format))
-                arguments = (maps,) if residual is None else (maps, residual)
-                calls[f"{kind}/{name}"] = _bound(ready, arguments)
-        return _interleaved(calls, device)
+                if kind == "vendor":
+                    ready = ready.to(memory_format=memory_format)  # type: ignore[call-overload]
+                arguments = [x]
+                if site.residual:
+                    arguments.append(torch.randn_like(site.vendor().to(device, dtype)(x)))
+                calls[f"{kind}/{name}"] = _bound(ready, [_laid_out(a, name, kind) for a in arguments])
+        return _on_cuda(calls) if device.type == "cuda" else _interleaved(calls)
 
 
-def _bound(module: nn.Module, arguments: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+def _laid_out(x: Tensor, memory_format: str, kind: str) -> Tensor:
+    """As the layer finds its inputs in a network of one kind: our kernels leave room behind the channels on a GPU."""
+    if x.is_cuda and kind == "own" and memory_format == "channels_last":
+        return with_room(x)
+    return x.contiguous(memory_format=FORMATS[memory_format])
+
+
+def _bound(module: nn.Module, arguments: list[Tensor]) -> Callable[[], Tensor]:
     return lambda: cast(Tensor, module(*arguments))
 
 
-def _interleaved(calls: dict[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:
+def _on_cuda(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+    """Device time alone: a network is captured as one graph, so what Python and the launches cost does not count."""
+    for call in calls.values():
+        call()
+    return seconds_per_call(calls, rounds=_ROUNDS)
+
+
+def _interleaved(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     """Medians; candidates take turns, so that whatever else the machine does hits all of them alike."""
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(_WARMUP):
         for call in calls.values():
             call()
-    synchronise()
     total, rounds = 0.0, 0
     while rounds < _ROUNDS or total < _SECONDS * len(calls):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            synchronise()
             taken[name].append(time.perf_counter() - start)
             total += taken[name][-1]
         rounds += 1

@@ -15,6 +15,7 @@ from lightning_prune.nn._convert import activation_name, symmetric_padding
 from lightning_prune.ops.availability import can_run_compact_conv2d
 from lightning_prune.ops.masked_conv2d import pair
 from lightning_prune.ops.reference import check_index, packed_size
+from lightning_prune.ops.tensor_cores import tf32_allowed
 
 
 def _fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,8 @@ class CompactConv2d(nn.Module):
         out_index: int64 channels of the residual to which the outputs are added, or None.
         device: of the buffers.
         dtype: of the buffers.
-        exact: never use Winograd convolution, whose rounding errors differ from those of the plain sum.
+        exact: never use Winograd convolution or, on a GPU, tf32, whose rounding errors differ from those of the plain sum.
+            Otherwise float32 runs in tf32 on a GPU where torch's own convolutions may (``torch.backends.cudnn``).
         backend: ``own`` always runs this package's kernel, ``vendor`` torch's; ``auto`` times both, and oneDNN with
             prepacked weights, on the first input of each shape and takes ours where it is at least 3 % faster than every
             other. Measurements are kept in the user's cache folder. None: what ``LIGHTNING_PRUNE_BACKEND`` says, by
@@ -143,14 +145,16 @@ class CompactConv2d(nn.Module):
         """The folded weight, unpacked; shape ``weight_shape``."""
         return ops.unpack_conv2d_weight(self.packed, self.weight_shape, self.groups)
 
-    @property
-    def _algorithm(self) -> str:
+    def _algorithm(self, weight: Tensor) -> str:
+        if weight.is_cuda:
+            single = weight.dtype == torch.float32 and self.groups == 1
+            return "tensor_core" if single and not self.exact and tf32_allowed() else "auto"
         plain = tuple(self.stride) == (1, 1) and tuple(self.dilation) == (1, 1)
         return "auto" if plain and not self.exact else "direct"
 
     def _pack(self, weight: Tensor) -> None:
         self._chooser = None
-        self.packed = ops.pack_conv2d_weight(weight, self.groups, self._algorithm).to(weight.dtype)
+        self.packed = ops.pack_conv2d_weight(weight, self.groups, self._algorithm(weight)).to(weight.dtype)
 
     def _plain_packed(self) -> Tensor:
         size = packed_size(self.weight_shape, self.groups)

@@ -88,9 +88,12 @@ def _masked_conv2d_backward_fake(
 
 def _pack_fake(weight: Tensor, groups: int, algorithm: str = "direct") -> Tensor:
     from lightning_prune.ops.reference import compute_dtype, packed_size
+    from lightning_prune.ops.tensor_cores import tensor_lanes, tensor_weight_size
     from lightning_prune.ops.winograd import winograd_tile
 
-    size = packed_size(tuple(weight.shape), groups, winograd_tile(weight, groups, algorithm))
+    shape = tuple(weight.shape)
+    size = packed_size(shape, groups, winograd_tile(weight, groups, algorithm))
+    size += tensor_weight_size(shape, groups, tensor_lanes(weight, groups, algorithm))
     return weight.new_empty((size,), dtype=compute_dtype(weight.dtype))
 
 
@@ -110,7 +113,17 @@ def _compact_conv2d_fake(
 ) -> Tensor:
     height, width = _spatial(x, weight_shape[2:], stride, padding, dilation)
     channels = residual.shape[1] if residual is not None and out_index is not None else weight_shape[0]
-    return new_output(x, (x.shape[0], channels, height, width))
+    shape = (x.shape[0], channels, height, width)
+    if x.is_cuda:
+        from lightning_prune.ops.reference import packed_size
+        from lightning_prune.ops.tensor_cores import carried_lanes, padded_output, rows_of_channels
+
+        lanes = carried_lanes(packed.shape[0], packed_size(weight_shape, groups), weight_shape, groups)
+        if lanes == {torch.bfloat16: 8, torch.float16: 8, torch.float32: 4}.get(x.dtype) and rows_of_channels(
+            x
+        ):
+            return padded_output(x, shape)
+    return new_output(x, shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -24,7 +24,10 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct
         algorithm: ``direct`` sums the products in the order of the definition. ``winograd2`` and ``winograd4`` add the
             weight transformed for Winograd convolution with output tiles of 2x2 and 4x4 (float32, 3x3, groups=1, CPU;
             2.8 and 5 times the memory); it is used for stride and dilation 1 and does a half and a quarter of the
-            multiplications. ``auto`` takes ``winograd4`` where it applies and there are at least 12 inputs and outputs.
+            multiplications. ``tensor_core`` (CUDA, dense or depthwise) adds the weight in the layout of the tensor-core
+            kernels, for inputs of the weight's dtype; float32 is multiplied as tf32 there, except in depthwise
+            convolutions. ``auto`` takes ``winograd4`` where it applies and there are at least 12 inputs and outputs, and
+            ``tensor_core`` for half types and depthwise weights on CUDA.
 
     Returns:
         1-D tensor on the weight's device; float64 for float64 weights, else float32. Its layout does not depend on the
@@ -75,7 +78,9 @@ def compact_conv2d(
         activation: none, relu, relu6, silu, hardswish, gelu or sigmoid.
 
     Returns:
-        Tensor of x's dtype, in channels_last when x is. Half types accumulate in float32 and round once.
+        Tensor of x's dtype, in channels_last when x is. Half types accumulate in float32 and round once. With
+        ``tensor_core`` weights the channels of a pixel are followed by room for a multiple of 8, as the next such
+        convolution reads them in place (other tensors are copied first).
 
     Raises:
         RuntimeError: a shape, dtype, device or index does not fit (ValueError or RuntimeError in the fallback).

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_prune.ops.tensor_cores import carried_lanes, tensor_lanes, tensor_weight
 from lightning_prune.ops.winograd import transform_weight, transformed_shape, winograd_tile
 
 _PANEL = 16
@@ -152,6 +153,9 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct
     shape = (weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3])
     packed = weight.new_zeros(packed_size(shape, groups), dtype=compute_dtype(weight.dtype))
     packed[_packed_positions(shape, groups).to(weight.device)] = weight.to(packed.dtype)
+    lanes = tensor_lanes(weight, groups, algorithm)
+    if lanes:
+        return torch.cat([packed, tensor_weight(weight.to(packed.dtype), groups, lanes)])
     return packed if tile == 0 else torch.cat([packed, pack_conv2d_weight(transform_weight(weight, tile))])
 
 
@@ -165,7 +169,11 @@ def unpack_conv2d_weight(packed: Tensor, weight_shape: Sequence[int], groups: in
     shape = (int(weight_shape[0]), int(weight_shape[1]), int(weight_shape[2]), int(weight_shape[3]))
     expected = packed_size(shape, groups)
     tiles = (0, 2, 4) if shape[2:] == (3, 3) and groups == 1 else (0,)
-    if packed.dim() != 1 or packed.shape[0] not in {packed_size(shape, groups, tile) for tile in tiles}:
+    sizes = {packed_size(shape, groups, tile) for tile in tiles}
+    known = packed.dim() == 1 and (
+        packed.shape[0] in sizes or carried_lanes(packed.shape[0], expected, shape, groups) > 0
+    )
+    if not known:
         raise ValueError(
             f"packed must have shape ({expected},) for weight_shape {shape}; got {tuple(packed.shape)}"
         )

@@ -17,6 +17,14 @@ ALGORITHM = "tensor_core"
 _MARK = {8: 1, 4: 2}
 
 
+def tf32_allowed() -> bool:
+    """Whether torch's own convolutions may round float32 to tf32 on a GPU."""
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # the newer setting is in use, and differs between operators
+        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
 def _padded(channels: int) -> int:
     return -(-channels // 8) * 8
 
@@ -91,5 +99,13 @@ def rows_of_channels(x: Tensor) -> bool:
 def padded_output(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """An uninitialised channels_last tensor of ``shape`` with room for a multiple of 8 channels behind each pixel."""
     n, c, h, w = shape
-    room = torch.empty((n, -(-c // 8) * 8, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    room = torch.empty(
+        (n, -(-c // 8) * 8, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
     return room[:, :c] if c % 8 else room
+
+
+def with_room(x: Tensor) -> Tensor:
+    """A copy of ``x`` in the layout of :func:`padded_output`; what lies behind the channels is not initialised."""
+    n, c, h, w = x.shape
+    return padded_output(x, (n, c, h, w)).copy_(x)

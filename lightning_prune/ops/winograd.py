@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ALGORITHMS = ("auto", "direct", "winograd2", "winograd4")
+ALGORITHMS = ("auto", "direct", "winograd2", "winograd4", "tensor_core")
 # Smallest channel counts for which "auto" packs Winograd weights: below, the direct kernels are as fast.
 AUTO_MIN_CHANNELS = 12
 # Interpolation points beside 0 and infinity. The square roots keep the matrices of F(4x4) well conditioned.
@@ -30,7 +30,7 @@ def winograd_tile(weight: Tensor, groups: int, algorithm: str) -> int:
     fits = shape[2:] == (3, 3) and groups == 1 and weight.dtype == torch.float32 and not weight.is_cuda
     if algorithm == "auto":
         return 4 if fits and min(shape[0], shape[1]) >= AUTO_MIN_CHANNELS else 0
-    if algorithm == "direct":
+    if algorithm in ("direct", "tensor_core"):
         return 0
     if not fits:
         raise ValueError(

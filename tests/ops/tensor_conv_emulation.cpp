@@ -84,9 +84,9 @@ extern "C" void convert(int dtype, const float* values, int64_t count, uint16_t*
 // Returns -1 when the kernel does not take these tensors. counters: read and write bank conflicts, misaligned accesses and
 // operands, copies from outside the tensors.
 extern "C" int emulate_tensor_conv(const int64_t* shape, int dtype, void* x, const int64_t* xs, int64_t x_bytes, void* weight,
-                                   int64_t weight_bytes, const void* bias, int bias_is_float, void* residual,
-                                   const int64_t* rs, void* y, const int64_t* ys, int y_has_room, const int64_t* out_index,
-                                   int64_t y_channels, int act, int tile, int splits, int reverse, int64_t* counters) {
+                                   int64_t weight_bytes, const void* bias, int bias_is_float, void* residual, const int64_t* rs,
+                                   void* y, const int64_t* ys, int y_has_room, const int64_t* out_index, int64_t y_channels,
+                                   int act, int tile, int splits, int reverse, int64_t* counters) {
   CompactForward f{};
   f.shape = *reinterpret_cast<const ConvShape*>(shape);
   f.dtype = DType(dtype);

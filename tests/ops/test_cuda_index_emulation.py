@@ -30,7 +30,11 @@ def compiled(source: str, *more: str) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no C++ compiler")
     kernels = ROOT / "csrc" / "kernels" / "cuda"
-    headers = [*sorted(kernels.glob("*.h")), *sorted(kernels.glob("*.cuh")), ROOT / "csrc/include/lp_params.h"]
+    headers = [
+        *sorted(kernels.glob("*.h")),
+        *sorted(kernels.glob("*.cuh")),
+        ROOT / "csrc/include/lp_params.h",
+    ]
     used = [HERE / source, *(HERE / name for name in more), *headers]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in used)).hexdigest()[:16]
     library = ROOT / "build" / "test-objects" / f"{Path(source).stem}-{digest}.so"
@@ -38,7 +42,15 @@ def compiled(source: str, *more: str) -> ctypes.CDLL:
         library.parent.mkdir(parents=True, exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}.tmp")
         flags = ["-O2", "-std=c++17", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-        command = [compiler, *flags, f"-I{ROOT / 'csrc'}", f"-I{HERE}", str(HERE / source), "-o", str(partial)]
+        command = [
+            compiler,
+            *flags,
+            f"-I{ROOT / 'csrc'}",
+            f"-I{HERE}",
+            str(HERE / source),
+            "-o",
+            str(partial),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         partial.replace(library)

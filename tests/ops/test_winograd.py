@@ -150,7 +150,7 @@ def test_special_values_stay_in_reach() -> None:
 
 def test_algorithm_is_checked() -> None:
     errors = (ValueError, RuntimeError)
-    with pytest.raises(errors, match="one of auto, direct, winograd2, winograd4; got 'fft'"):
+    with pytest.raises(errors, match="one of auto, direct, winograd2, winograd4, tensor_core; got 'fft'"):
         ops.pack_conv2d_weight(torch.zeros(2, 2, 3, 3), 1, "fft")
     with pytest.raises(errors, match=r"takes float32 weights of shape \(O, C, 3, 3\)"):
         ops.pack_conv2d_weight(torch.zeros(2, 2, 1, 3), 1, "winograd2")

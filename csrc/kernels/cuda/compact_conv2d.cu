@@ -39,8 +39,8 @@ void compact(const CompactForward& f, const Env& env, cudaStream_t stream) {
 
 // The second layout of a packed weight, see tensor_layout.h.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    pack_tensor_kernel(const View w, int64_t outputs, int64_t channels, int64_t kh, int64_t kw, int lanes, bool depthwise, T* packed) {
+__global__ void __launch_bounds__(kThreads) pack_tensor_kernel(const View w, int64_t outputs, int64_t channels, int64_t kh,
+                                                               int64_t kw, int lanes, bool depthwise, T* packed) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, taps = kh * kw;
   if (i >= outputs * channels * taps) return;
   const int64_t o = i / (channels * taps), c = i / taps % channels, tap = i % taps;

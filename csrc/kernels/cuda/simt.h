@@ -53,12 +53,12 @@ LP_DEVICE void load2(uint32_t (&r)[2], const void* row) {
 // c += a * b for a 16x8 tile; the depth is 16 (16-bit types) or 8 (tf32): two 16-byte chunks either way.
 template <class S>
 LP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-#define LP_MULTIPLY(TYPE, NAME)                                                                                       \
-  template <>                                                                                                         \
-  LP_DEVICE void multiply<TYPE>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                      \
-    asm volatile("mma.sync.aligned." NAME " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                    \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                 \
+#define LP_MULTIPLY(TYPE, NAME)                                                                    \
+  template <>                                                                                      \
+  LP_DEVICE void multiply<TYPE>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {   \
+    asm volatile("mma.sync.aligned." NAME " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));              \
   }
 LP_MULTIPLY(Bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 LP_MULTIPLY(F16, "m16n8k16.row.col.f32.f16.f16.f32")

@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kThreads) depthwise_kernel(const __grid_consta
 
 // Gathers the input channels into rows with spare lanes of zeros; one thread per eight channels of a pixel.
 template <class S>
-__global__ void __launch_bounds__(kThreads) stage_kernel(const __grid_constant__ CompactForward f, const View to, int64_t units) {
+__global__ void __launch_bounds__(kThreads)
+    stage_kernel(const __grid_constant__ CompactForward f, const View to, int64_t units) {
   using E = typename S::Element;
   const int64_t unit = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (unit >= units) return;

@@ -40,7 +40,7 @@ struct TensorConv {
   const void* bias;      // float, or x's type
   const void* residual;  // or null
   void* y;
-  float* partial;        // [split][pixel][columns]; null: no split
+  float* partial;  // [split][pixel][columns]; null: no split
   const int64_t* out_index;
   int64_t x_n, y_n, y_c, r_n, r_c;  // strides in elements
   int x_h, x_w, y_h, y_w, r_h, r_w;
@@ -101,7 +101,8 @@ LP_HD Piece input_piece(const TensorConv& p, const Window& window, const DepthCu
   const int left = p.channels - d.chunk * S::kLanes;
   const int count = left < S::kLanes ? left : S::kLanes;
   if (!inside || count <= 0) return Piece{0, 0};
-  return Piece{window.image + int64_t(h) * p.x_h + int64_t(w) * p.x_w + d.chunk * S::kLanes, count * int(sizeof(typename S::Element))};
+  return Piece{window.image + int64_t(h) * p.x_h + int64_t(w) * p.x_w + d.chunk * S::kLanes,
+               count * int(sizeof(typename S::Element))};
 }
 
 // One kernel: a tile of BM pixels x BN outputs, CH chunks of depth per step, WARPS_M x WARPS_N warps.

@@ -15,7 +15,11 @@ constexpr TileShape kTiles[] = {
     {128, 64, 8, 4, 2, 3},  {128, 56, 8, 4, 1, 3},  {128, 48, 8, 4, 1, 3},  {128, 40, 8, 4, 1, 3}, {128, 32, 8, 4, 1, 3},
     {64, 64, 8, 2, 2, 4},   {64, 40, 8, 4, 1, 4},   {64, 24, 8, 4, 1, 4},   {32, 64, 8, 2, 2, 4},  {16, 64, 8, 1, 4, 4},
 };
+#if defined(LP_FEW_TILES)  // for a quick check that everything compiles
+constexpr int kTileCount = LP_FEW_TILES;
+#else
 constexpr int kTileCount = int(sizeof(kTiles) / sizeof(kTiles[0]));
+#endif
 
 template <class S, int I>
 using TileAt = Tile<S, kTiles[I].bm, kTiles[I].bn, kTiles[I].ch, kTiles[I].warps_m, kTiles[I].warps_n, kTiles[I].stages>;
@@ -71,8 +75,9 @@ inline bool tensor_cores_take(const CompactForward& f) {
   };
   return f.lanes > 0 && f.dtype != DType::f64 && s.channels > 0 && taps <= 256 && s.n * s.out_h * s.out_w < limit &&
          s.height * s.width * round_up(s.channels, 8) < limit && taps * round_up(s.channels, 8) < limit / 16 &&
-         s.height < span && s.width < span && s.pad_h < span && s.pad_w < span && s.kh * s.dil_h < span && s.kw * s.dil_w < span &&
-         fits(f.x, s.height, s.width) && fits(f.y, s.out_h, s.out_w) && fits(f.residual, s.out_h, s.out_w);
+         s.height < span && s.width < span && s.pad_h < span && s.pad_w < span && s.kh * s.dil_h < span &&
+         s.kw * s.dil_w < span && fits(f.x, s.height, s.width) && fits(f.y, s.out_h, s.out_w) &&
+         fits(f.residual, s.out_h, s.out_w);
 }
 
 // Whether the kernel can read x where it lies; otherwise a copy comes first (staged_view).
