@@ -19,9 +19,14 @@ RELAXED = settings(
 )
 
 
-def needs_cuda(target: torch.device) -> None:
-    if target.type != "cuda":
-        pytest.skip("a path of the CUDA kernels")
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.cuda)])
+def target(request: pytest.FixtureRequest) -> torch.device:
+    """Only a GPU: what a CPU can check of these kernels is in test_tensor_conv_emulation.py."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if not ops.availability.cuda_built():
+        pytest.fail("a CUDA device is visible but the extension was built without CUDA kernels")
+    return torch.device(request.param)
 
 
 def test_layout_holds_every_weight_once() -> None:
@@ -116,7 +121,6 @@ def test_kernels_against_float64(
     activation: str,
     seed: int,
 ) -> None:
-    needs_cuda(target)
     generator = torch.Generator().manual_seed(seed)
     inputs, outputs, groups = (*channels, 1) if channels[1] > 0 else (channels[0], channels[0], channels[0])
     padding = dilation * (kernel - 1) // 2 + 1
@@ -160,7 +164,6 @@ def test_kernels_against_float64(
 def test_every_tile_and_split(
     target: torch.device, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs_cuda(target)
     conv = torch.nn.Conv2d(101, 133, 3, padding=1).to(target, dtype).eval()
     module = CompactConv2d.from_conv(conv, None, "relu")
     x = torch.randn(3, 101, 20, 17, device=target).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -172,7 +175,6 @@ def test_every_tile_and_split(
 
 
 def test_a_chain_of_modules_stays_in_rows_and_is_captured(target: torch.device) -> None:
-    needs_cuda(target)
     torch.manual_seed(0)
     convs = [torch.nn.Conv2d(c, k, 3, padding=1) for c, k in ((3, 37), (37, 101), (101, 13))]
     model = torch.nn.Sequential(
@@ -192,7 +194,6 @@ def test_a_chain_of_modules_stays_in_rows_and_is_captured(target: torch.device) 
 
 
 def test_strict_float32_stays_exact(target: torch.device) -> None:
-    needs_cuda(target)
     conv = torch.nn.Conv2d(64, 37, 3, padding=1).to(target).eval()
     x = torch.randn(2, 64, 9, 9, device=target)
     with torch.no_grad():
