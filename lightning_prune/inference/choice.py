@@ -85,7 +85,7 @@ def _measure(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[s
                 if site.residual:
                     arguments.append(torch.randn_like(site.vendor().to(device, dtype)(x)))
                 calls[f"{kind}/{name}"] = _bound(ready, [_laid_out(a, name, kind) for a in arguments])
-        return _on_cuda(calls) if device.type == "cuda" else _interleaved(calls)
+        return _interleaved(calls, device)
 
 
 def _laid_out(x: Tensor, memory_format: str, kind: str) -> Tensor:
@@ -99,14 +99,19 @@ def _bound(module: nn.Module, arguments: list[Tensor]) -> Callable[[], Tensor]:
     return lambda: cast(Tensor, module(*arguments))
 
 
-def _on_cuda(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """Device time alone: a network is captured as one graph, so what Python and the launches cost does not count."""
+def _interleaved(calls: dict[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:
+    """Median seconds of each call, in turns.
+
+    On a GPU device time alone: a network is captured as one graph, so what Python and the launches cost does not count.
+    """
+    if device.type != "cuda":
+        return _by_the_clock(calls)
     for call in calls.values():
         call()
     return seconds_per_call(calls, rounds=_ROUNDS)
 
 
-def _interleaved(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+def _by_the_clock(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     """Medians; candidates take turns, so that whatever else the machine does hits all of them alike."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(_WARMUP):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_prune import ops
 from lightning_prune.ops._library import output_format
+from lightning_prune.ops.tensor_cores import rows_of_channels
 
 Run = Callable[[Tensor, "Tensor | None"], Tensor]
 #: input shapes of one module that are measured; what comes later runs our kernel
@@ -36,7 +37,7 @@ class Layer:
 
 def vendor(layer: Layer, x: Tensor) -> Run:
     """Torch's convolution in x's memory format."""
-    last = output_format(x)
+    last = torch.channels_last if x.is_cuda and rows_of_channels(x) else output_format(x)
     weight = layer.weight.contiguous(memory_format=last)
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:

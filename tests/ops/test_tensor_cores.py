@@ -165,7 +165,7 @@ def test_every_tile_and_split(
     target: torch.device, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conv = torch.nn.Conv2d(101, 133, 3, padding=1).to(target, dtype).eval()
-    module = CompactConv2d.from_conv(conv, None, "relu")
+    module = CompactConv2d.from_conv(conv, None, "relu", backend="own")
     x = torch.randn(3, 101, 20, 17, device=target).to(dtype).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         expected = torch.relu(F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1))
@@ -178,7 +178,7 @@ def test_a_chain_of_modules_stays_in_rows_and_is_captured(target: torch.device) 
     torch.manual_seed(0)
     convs = [torch.nn.Conv2d(c, k, 3, padding=1) for c, k in ((3, 37), (37, 101), (101, 13))]
     model = torch.nn.Sequential(
-        *(CompactConv2d.from_conv(c.to(target, torch.bfloat16), None, "relu") for c in convs)
+        *(CompactConv2d.from_conv(c.to(target, torch.bfloat16), None, "relu", backend="own") for c in convs)
     )
     x = torch.randn(2, 3, 9, 9, device=target).bfloat16().contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -198,5 +198,5 @@ def test_strict_float32_stays_exact(target: torch.device) -> None:
     x = torch.randn(2, 64, 9, 9, device=target)
     with torch.no_grad():
         exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
-        assert error(CompactConv2d.from_conv(conv, exact=True)(x), exact) < 1e-5
-        assert error(CompactConv2d.from_conv(conv)(x), exact) < BOUND[torch.float32]
+        assert error(CompactConv2d.from_conv(conv, exact=True, backend="own")(x), exact) < 1e-5
+        assert error(CompactConv2d.from_conv(conv, backend="own")(x), exact) < BOUND[torch.float32]
