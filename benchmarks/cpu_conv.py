@@ -90,11 +90,11 @@ def shape_classes() -> dict[str, list[Any]]:
 
 def measure(shape: Any, peers: dict[str, Any], rounds: int, budget: float) -> dict[str, Any]:
     """Median microseconds per call of ours and of every peer, and the errors against float64."""
-    from cpu_conv_peers import Problem, as_tensor, own
+    from cpu_conv_peers import Problem, as_tensor, module, own
 
     problem = Problem.of(shape)
     wide = shape.padded()
-    calls = {"ours": own(problem)}
+    calls = {"ours": own(problem), "auto": module(problem)}
     calls |= {name: make(problem) for name, make in peers.items() if not shape.stream or make_gathers(name)}
     if wide is not None:
         padded = Problem.of(wide)
@@ -125,13 +125,14 @@ def measure(shape: Any, peers: dict[str, Any], rounds: int, budget: float) -> di
                 call()
             times[name].append((time.process_time_ns() - begin) / repeats[name] / 1e3)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    best = min((name for name in medians if name != "ours"), key=medians.__getitem__)
+    best = min((name for name in medians if name not in ("ours", "auto")), key=medians.__getitem__)
     return {
         "shape": shape.name,
         "microseconds": {name: round(value, 2) for name, value in medians.items()},
         "gflops": round(shape.flops / medians["ours"] / 1e3, 1),
         "best_peer": best,
         "ratio": medians[best] / medians["ours"],
+        "auto_ratio": medians[best] / medians["auto"],
         "error": errors["ours"],
         "peer_error": errors.get(best),
     }
@@ -156,11 +157,16 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def summary(results: dict[str, list[dict[str, Any]]]) -> str:
-    lines = ["| class | geometric mean | worst | shapes |", "|---|---:|---:|---:|"]
+    lines = [
+        "| class | geometric mean | worst | auto: geometric mean | worst | shapes |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for name, rows in results.items():
-        ratios = [row["ratio"] for row in rows]
-        mean = math.exp(statistics.fmean(map(math.log, ratios)))
-        lines.append(f"| {name} | {mean:.2f} | {min(ratios):.2f} | {len(ratios)} |")
+        cells = []
+        for key in ("ratio", "auto_ratio"):
+            ratios = [row[key] for row in rows]
+            cells += [math.exp(statistics.fmean(map(math.log, ratios))), min(ratios)]
+        lines.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} | {len(rows)} |")
     return "\n".join(lines)
 
 
@@ -222,6 +228,7 @@ def main() -> None:
     stem = f"cpu_conv-{options.isa}"
     notes = [
         "# Convolutions on one CPU thread\n",
+        "Auto: the module `CompactConv2d`, which times our kernel, torch's and prepacked oneDNN and keeps the fastest. "
         "Ratio: time of the fastest peer, at its own width or padded to multiples of 8, over ours. Error: largest over "
         "the largest result, against float64.\n",
         *(f"- {key}: {value}" for key, value in facts.items() if key != "features"),

@@ -60,17 +60,16 @@ def pin_environment(isa: str) -> None:
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
-def variants(runtime: str, threads: int, options: argparse.Namespace) -> list[str]:
-    """What a runtime is given; torch.compile takes too long for all of it."""
+def variants(runtime: str, batch: int, threads: int, options: argparse.Namespace) -> list[str]:
+    """What a runtime is given. Those that were never the fastest, and torch.compile, which takes long to prepare, get less."""
+    whole = threads == 1 and not options.quick
     if runtime == "ours":
-        return ["ragged"] if options.quick else ["ragged", "rounded"]
+        return ["ragged", "rounded"] if whole else ["ragged"]
     if runtime == "torch.compile":
-        return [] if options.quick or threads > 1 else ["ragged"]
-    if options.quick or threads > 1:
-        return ["ragged", "padded"] + (
-            ["dense"] if runtime in ("OpenVINO", "ONNX Runtime", "oneDNN prepacked") else []
-        )
-    return ["ragged", "padded", "rounded"] + ([] if runtime.startswith("eager c") else ["dense"])
+        return ["ragged"] if whole and batch > 1 else []
+    if runtime.startswith("eager"):
+        return ["ragged"]
+    return ["ragged", "padded", "dense"] + (["rounded"] if whole else [])
 
 
 class Worker:
@@ -138,7 +137,7 @@ def measure(
     workers, failed = [], {}
     errors: dict[str, dict[str, float]] = {}
     for runtime in runtimes:
-        files = {v: folder / f"{v}.pt" for v in variants(runtime, threads, options)}
+        files = {v: folder / f"{v}.pt" for v in variants(runtime, batch, threads, options)}
         if not files:
             continue
         worker = Worker(context, runtime, threads, files, x, expected)
@@ -167,7 +166,7 @@ def measure(
             (w, v)
             for w in workers
             for v in w.variants
-            if v != "dense" or number < max(3, rounds // 3)  # far slower, and only its size matters
+            if v != "dense" or number < 3  # far slower, and only its size matters
         ]
         for worker, variant in order.sample(turns, len(turns)):
             cpu, wall = worker.time(variant)

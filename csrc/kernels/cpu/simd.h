@@ -46,6 +46,7 @@ static inline V load_part(const ScalarOf<V>* p, int64_t count) {
   if (count >= lanes) return load<V>(p);
 #if defined(__AVX512F__)
   if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return V(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return V(_mm256_maskz_loadu_ps(__mmask8((1u << count) - 1), p));
 #endif
   alignas(64) T part[lanes] = {};
   int64_t at = 0;
@@ -63,6 +64,10 @@ static inline void store_part(ScalarOf<V>* p, V v, int64_t count) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(V) == 64 && sizeof(T) == 4) {
     _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(v));
+    return;
+  }
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 4) {
+    _mm256_mask_storeu_ps(p, __mmask8((1u << count) - 1), __m256(v));
     return;
   }
 #endif

@@ -238,9 +238,10 @@ struct WinogradScratch {
 
 // A copy of the tile's input with its zero padding, dense channels.
 static void stage_patch(const TapConv& p, int64_t n, int64_t h0, int64_t w0, int64_t size, int64_t channel, int64_t channels,
-                        float* patch) {
+                        int64_t ld, float* patch) {
+  if (ld > channels) memset(patch, 0, size_t(size * size * ld) * 4);
   for (int64_t i = 0; i < size; ++i)
-    for (int64_t j = 0; j < size; ++j, patch += channels) {
+    for (int64_t j = 0; j < size; ++j, patch += ld) {
       const int64_t h = h0 + i, w = w0 + j;
       if (h < 0 || h >= p.height || w < 0 || w >= p.width)
         memset(patch, 0, size_t(channels) * 4);
@@ -255,7 +256,9 @@ static void transform_block(const TapConv& p, const TileBlocks& t, const Channel
   constexpr int N = M + 2;
   const int64_t channels = p.in_begin[1];
   const int64_t ld = std::max<int64_t>(kChannelBlock, channels);
-  const bool direct = p.x.c == 1 && channels >= kChannelBlock && is_run(p.in_channel, channels);
+  const bool run = p.x.c == 1 && is_run(p.in_channel, channels);
+  // Pixels of fewer channels than a block are read with the beginning of the next one, up to the end of the tensor.
+  const int64_t limit = (p.n - 1) * p.x.n + (p.height - 1) * p.x.h + (p.width - 1) * p.x.w + channels - ld;
   const int64_t group_rows = tile_groups(count).rows;
   int64_t pixels = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -263,12 +266,13 @@ static void transform_block(const TapConv& p, const TileBlocks& t, const Channel
     const int64_t row0 = tile / t.tiles_w % t.tiles_h * M, col0 = tile % t.tiles_w * M;
     const int64_t h0 = row0 + p.tap_h[0], w0 = col0 + p.tap_w[0];
     float* dst = s.inputs + i / group_rows * cb.group + i % group_rows * kChannelBlock;
-    if (direct && h0 >= 0 && w0 >= 0 && h0 + N <= p.height && w0 + N <= p.width) {
+    const bool inside = h0 >= 0 && w0 >= 0 && h0 + N <= p.height && w0 + N <= p.width;
+    if (run && inside && n * p.x.n + (h0 + N - 1) * p.x.h + (w0 + N - 1) * p.x.w <= limit) {
       const float* src = static_cast<const float*>(p.x.data) + n * p.x.n + h0 * p.x.h + w0 * p.x.w + p.in_channel[0];
       winograd_input<M>(src, p.x.h, p.x.w, channels, cb, dst);
     } else {
-      if (direct)
-        stage_patch(p, n, h0, w0, N, p.in_channel[0], channels, s.staged);
+      if (run)
+        stage_patch(p, n, h0, w0, N, p.in_channel[0], channels, ld, s.staged);
       else
         stage_band(s.staged, static_cast<const float*>(p.x.data) + n * p.x.n, p.x, p.height, p.width, Axis{h0, 1, N},
                    Axis{w0, 1, N}, p.in_channel, channels, ld);
