@@ -186,6 +186,7 @@ class _Listener:
             handles.append(module.register_forward_hook(self._after, always_call=True))
         return handles
 
+    @torch.compiler.disable
     def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._depth += 1
         if self._depth > 1 or not torch.is_grad_enabled():
@@ -195,6 +196,7 @@ class _Listener:
             with torch.no_grad():
                 self._expected = self._teachers[name](*args, **kwargs)
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth -= 1
         if self._depth == 0 and self._expected is not None:

@@ -274,7 +274,7 @@ class PruningFit:
         smaller = compact(model, inputs, self.plan).eval()
         error = max_relative_error(mask_channels(model, inputs, self.plan), smaller, inputs)
         if self.config.metric == "latency" and self.config.plan is None:  # as it is, compacted, here and now
-            seconds = measured_seconds(model, smaller, inputs)
+            seconds = measured_seconds(model, lambda: smaller, inputs)
             self.budget = BudgetReport.measured(
                 self.cost, self.plan.mask(self.graph), self.config.target, seconds
             )

@@ -33,11 +33,18 @@ class MeasuredMask:
     aim: float
 
 
-def measured_seconds(dense: nn.Module, compact: nn.Module, inputs: ExampleInputs) -> tuple[float, float]:
-    """Median seconds of a call of each, the two taking turns; of several such runs the one with the median ratio."""
+def measured_seconds(
+    dense: nn.Module, compact: Callable[[], nn.Module], inputs: ExampleInputs
+) -> tuple[float, float]:
+    """Median seconds of a call of each, the two taking turns; of several such runs the one with the median ratio.
+
+    ``compact`` makes the network: anew for every run, where its place in memory (which can decide over tens of percent)
+    is not settled yet.
+    """
     runs = []
     for _ in range(_RUNS):
-        times = compare_latency({"dense": dense, "compact": compact}, inputs, repeats=10, min_seconds=0.15)
+        models = {"dense": dense, "compact": compact()}
+        times = compare_latency(models, inputs, repeats=10, min_seconds=0.15)
         runs.append((times["dense"].median, times["compact"].median))
     return sorted(runs, key=lambda run: run[1] / run[0])[_RUNS // 2]
 
@@ -70,8 +77,8 @@ def select_measured(
     low, middle = target * (1 - tolerance), target * (1 - tolerance / 2)
 
     def measure(mask: Mask, aim: float) -> MeasuredMask:
-        smaller = apply_plan(model, CompactionPlan.from_mask(graph, mask, remove_branches=True))
-        dense, compact = measured_seconds(model, smaller, inputs)
+        plan = CompactionPlan.from_mask(graph, mask, remove_branches=True)
+        dense, compact = measured_seconds(model, lambda: apply_plan(model, plan), inputs)
         return MeasuredMask(mask, compact / dense, aim)
 
     aim, tried = target, list[MeasuredMask]()

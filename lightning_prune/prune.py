@@ -135,7 +135,7 @@ def prune_channels(
     dense, smaller = model, compact(model, example_inputs, plan)
     error = max_relative_error(mask_channels(model, example_inputs, plan), smaller, example_inputs)
     if measured:
-        seconds = measured_seconds(dense, smaller, to_model(example_inputs, dense))
+        seconds = measured_seconds(dense, lambda: smaller, to_model(example_inputs, dense))
         budget = BudgetReport.measured(cost, mask, target, seconds)
     else:
         budget = BudgetReport.counted(graph, cost, mask, target, round_to)

@@ -150,10 +150,17 @@ def test_yaml_configuration(tmp_path: Path) -> None:
     parser.add_subclass_arguments(pl.Callback, "callback")
     config = {
         "class_path": "lightning_prune.callback.ChannelPruning",
-        "init_args": {"target": 0.25, "method": "magnitude"},
-    }
+        "init_args": {
+            "target": 0.25, "method": "magnitude", "learn_epochs": 4, "reentry_until": 0.5, "distill": 0.3,
+            "distill_temperature": 2.0, "recalibrate": 16, "penalty_weights": {"net.conv1": 2},
+        },
+    }  # fmt: skip
     parsed = parser.parse_object({"callback": config})
     callback = parser.instantiate(parsed).callback
     assert isinstance(callback, ChannelPruning)
     assert callback.config.target == 0.25
+    assert callback.config.recalibrate == 16
+    assert callback.config.penalty_weights == {"net.conv1": 2}
+    config["init_args"]["recalibrate"] = True
+    assert parser.instantiate(parser.parse_object({"callback": config})).callback.config.recalibrate is True
     json.dumps(config)

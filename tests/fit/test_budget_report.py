@@ -147,12 +147,20 @@ def test_latency_by_the_real_clock(target: float, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("lightning_prune.latency.time", SimpleNamespace(perf_counter=time.process_time))
     monkeypatch.setenv("LIGHTNING_PRUNE_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
-    model, x = chain(3, 64, 72, 10).eval(), torch.randn(4, 3, 28, 28)
+    widths = (
+        256,
+        768,
+        640,
+        512,
+        10,
+    )  # dense layers: their time depends least on where in memory things happen to lie
+    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
+    model, x = nn.Sequential(*layers[:-1]).eval(), torch.randn(128, 256)
     result = prune_channels(model, x, target=target, metric="latency")
     times = compare_latency({"dense": model, "compact": result.model}, x, min_seconds=1.0)
     again = times["compact"].median / times["dense"].median
     assert again == pytest.approx(target, rel=0.03)
-    assert result.report.budget.share == pytest.approx(again, rel=0.02)
+    assert result.report.budget.share == pytest.approx(again, rel=0.04)
 
 
 def test_the_smallest_step_is_a_block(tmp_path: Path) -> None:

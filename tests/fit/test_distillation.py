@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -135,6 +136,54 @@ def test_mixed_precision_one_shot_and_compaction() -> None:
     assert callback.compact_model is not None
     assert "training_step" not in module.__dict__
     assert 0 < callback.history[-1]["distill"] < 10
+
+
+def test_loss_scaling_scales_the_distillation_with_the_loss() -> None:
+    plan = half_plan()
+    ends = {}
+    for name, weight in (("plain", 5.0), ("scaled", 5.0), ("none", 0.0)):
+        torch.manual_seed(0)
+        module = Plain()
+        options: dict[str, Any] = {}
+        if name == "scaled":
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+        callback = ChannelPruning(plan=plan, distill=weight, compact_on_fit_end=False)
+        trainer([callback], 2, **options).fit(module, loader())
+        ends[name] = flat(module)
+    effect = (ends["plain"] - ends["none"]).norm()
+    assert (ends["scaled"] - ends["plain"]).norm() < 0.2 * effect
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # dynamo looks at it itself
+@pytest.mark.parametrize("what", ["module", "network"])
+def test_compiled(what: str) -> None:
+    class Silent(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])  # self.log does not compile
+
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        module: Any = Silent()
+        if compiled and what == "module":
+            module = torch.compile(module, backend="eager")
+        elif compiled:
+            module.net.compile(backend="eager")
+        callback = ChannelPruning(
+            method="random",
+            warmup_epochs=0,
+            distill=5.0,
+            compact_on_fit_end=False,
+            dead_channel_skipping=False,
+        )
+        trainer([callback], 2).fit(module, loader())
+        ends.append(flat(module))
+        assert callback.history[-1]["distill"] > 0
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
 
 
 def test_copies_made_during_the_fit_are_plain() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -80,6 +81,22 @@ def test_statistics_by_hand_and_nothing_else_changes() -> None:
             assert torch.equal(value, before[name]), name
     with pytest.raises(ValueError, match="at least one batch"):
         recalibrate(net, [])
+
+
+def test_statistics_are_averaged_over_ranks() -> None:
+    ranks, data = [Net(), Net()], batches(2)
+    ranks[1].load_state_dict(ranks[0].state_dict())
+    for net, batch in zip(ranks, data, strict=True):
+        recalibrate(net, [batch])
+    theirs = [v for k, v in ranks[1].state_dict().items() if k.endswith(("running_mean", "running_var"))]
+    both = copy.deepcopy(ranks[0])
+    waiting = list(theirs)
+    recalibrate(both, [data[0]], reduce=lambda mine: (mine + waiting.pop(0)) / 2)
+    assert not waiting
+    mine = [v for k, v in ranks[0].state_dict().items() if k.endswith(("running_mean", "running_var"))]
+    found = [v for k, v in both.state_dict().items() if k.endswith(("running_mean", "running_var"))]
+    for a, b, average in zip(mine, theirs, found, strict=True):
+        torch.testing.assert_close(average, (a + b) / 2)
 
 
 def test_a_norm_that_no_batch_reaches_keeps_its_statistics() -> None:
