@@ -70,8 +70,10 @@ class BudgetReport:
         if self.met:
             return text
         if self.share > self.target:
-            return f"{text}; over the target"
-        why = "that is what the widths allow"
+            return f"{text}; over the target" + (" on this run of the clock" if self.seconds else "")
+        why = (
+            "no widths that were tried come closer from below" if self.seconds else "nothing more can be kept"
+        )
         if self.smallest_addition is not None:
             fits = self.share + self.smallest_addition <= self.target
             why = f"the cheapest channels that were removed cost {self.smallest_addition:.2%}"
