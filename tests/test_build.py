@@ -80,9 +80,11 @@ def test_no_tensor_core_kernel_spills_registers(source: str, tmp_path: Path) -> 
     target = [str(CSRC / "kernels/cuda" / source), "-o", str(tmp_path / "kernels.o")]
     run = subprocess.run([*command, *target], capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr[-4000:]
-    lines = [line for line in run.stderr.splitlines() if "spill stores" in line]
-    assert len(lines) > 15
-    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in lines), "\n".join(lines)
+    reports = run.stderr.split("Compiling entry function")[1:]
+    kernels = [report for report in reports if "tensor_conv_kernel" in report or "depthwise_kernel" in report]
+    assert len(kernels) > 15
+    spilling = [report for report in kernels if "0 bytes spill stores, 0 bytes spill loads" not in report]
+    assert not spilling, "\n".join(spilling)
 
 
 @needs_checkout

@@ -81,6 +81,8 @@ def sections(device: str) -> list[Section]:
         "default",
         "-x" if device == "cpu" else "-rs",
     )
+    if device == "cuda":  # several processes: after an illegal access nothing else runs in the same one
+        tests = (*tests, "-n", "4", "--timeout", "60")
     where = ("tests/ops", "tests/inference", "tests/nn", "tests/fit/test_skipping.py")
     return [
         Section("build", build, 170, script=False, environment=(("LIGHTNING_PRUNE_FORCE_EXT", "1"),)),
@@ -92,6 +94,7 @@ def sections(device: str) -> list[Section]:
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         benchmark("staircase", 40),
+        benchmark("tiles", 45),
         benchmark("networks", 100),
         benchmark("training", 45),
         benchmark("compiled", 75),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 gpu = pytest.importorskip("benchmarks.gpu.timing", reason="not a source checkout")
-from benchmarks.gpu import ceilings, layers, peers, record, run_all, shapes, staircase, timing  # noqa: E402
+from benchmarks.gpu import ceilings, layers, peers, record, run_all, shapes, staircase, tiles, timing  # noqa: E402
 
 
 class Clock:
@@ -166,6 +167,17 @@ def test_staircase_order_series_and_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert staircase.plot(rows, tmp_path / "plot.png", "title")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_forced_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tiles.VARIABLE, "7")
+    for choice in (None, "3:2"):
+        with tiles.forced(choice):
+            assert os.environ.get(tiles.VARIABLE) == choice
+        assert os.environ[tiles.VARIABLE] == "7"
+    assert len(tiles.choices(shapes.layer("conv3x3", 37, 1))) == 4 * tiles.TILES
+    assert len(tiles.choices(shapes.layer("conv3x3", 37, 32))) == tiles.TILES
+    assert tiles.best({"chosen": 3.0, "1:1": 2.0, "2:1": 4.0}) == ("1:1", 1.5)
 
 
 def test_records_are_complete_json_after_every_row(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ struct Machine {
   std::vector<char> memory;
   ucontext_t start;
   jmp_buf scheduler;
-  int current = 0, bx = 0, by = 0, bz = 0;
+  int current = 0, bx = 0, by = 0;
   int64_t read_conflicts = 0, write_conflicts = 0, misaligned = 0, outside = 0;
   const char *x_begin = nullptr, *x_end = nullptr, *w_begin = nullptr, *w_end = nullptr;
 };
@@ -56,7 +56,6 @@ inline Fiber& self() { return machine.fibers[size_t(machine.current)]; }
 inline int thread() { return machine.current; }
 inline int block_x() { return machine.bx; }
 inline int block_y() { return machine.by; }
-inline int block_z() { return machine.bz; }
 inline char* shared() { return machine.memory.data(); }
 inline void yield() {
   if (_setjmp(self().place) == 0) _longjmp(machine.scheduler, 1);

@@ -13,10 +13,9 @@ lp::View view(void* data, const int64_t* strides) { return {data, strides[0], st
 template <class T>
 void run_blocks(const TensorConv& p, const Launch& launch, bool reverse) {
   auto& m = simt::machine;
-  for (m.bz = 0; m.bz < launch.splits; ++m.bz)
-    for (m.by = 0; m.by < launch.blocks_y; ++m.by)
-      for (m.bx = 0; m.bx < launch.blocks_x; ++m.bx)
-        simt::run_block(T::kThreads, T::kShared, reverse, [&] { TensorConvKernel<T>(p, simt::shared()).run(); });
+  for (m.by = 0; m.by < launch.splits; ++m.by)
+    for (m.bx = 0; m.bx < launch.blocks_m * launch.blocks_n; ++m.bx)
+      simt::run_block(T::kThreads, T::kShared, reverse, [&] { TensorConvKernel<T>(p, simt::shared()).run(); });
 }
 
 template <class S, int I = 0>
@@ -64,7 +63,7 @@ extern "C" int tile_count() { return kTileCount; }
 
 extern "C" void choose(int64_t pixels, int64_t columns, int64_t depth, int processors, int* out) {
   const Launch launch = choose_launch(pixels, columns, depth, processors);
-  out[0] = launch.tile, out[1] = launch.splits, out[2] = launch.blocks_x, out[3] = launch.blocks_y;
+  out[0] = launch.tile, out[1] = launch.splits, out[2] = launch.blocks_m, out[3] = launch.blocks_n;
   out[4] = kTiles[launch.tile].bm, out[5] = kTiles[launch.tile].bn;
 }
 

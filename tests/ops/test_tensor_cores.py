@@ -193,7 +193,8 @@ def test_a_chain_of_modules_stays_in_rows_and_is_captured(target: torch.device) 
         assert not torch.equal(y, expected)
 
 
-def test_strict_float32_stays_exact(target: torch.device) -> None:
+def test_strict_float32_stays_exact(target: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     conv = torch.nn.Conv2d(64, 37, 3, padding=1).to(target).eval()
     x = torch.randn(2, 64, 9, 9, device=target)
     with torch.no_grad():

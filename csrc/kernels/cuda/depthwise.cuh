@@ -77,12 +77,7 @@ LP_DEVICE void depthwise_strip(const TensorConv& p, const Strip& at) {
 #pragma unroll
   for (int j = 0; j < kStrip; ++j) {
     if (at.ow + j >= p.out_w) break;
-    if (p.y_vector && !p.out_index) {
-      finish_eight<S>(p, m + j, at.channel, sums[j]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) finish_one<S>(p, m + j, at.channel + i, sums[j].v[i]);
-    }
+    finish_any<S>(p, m + j, at.channel, sums[j]);
   }
 }
 

@@ -4,11 +4,13 @@
 #if defined(LP_SIMT_EMULATION)
 #include LP_SIMT_EMULATION
 #define LP_DEVICE inline
+#define LP_DEVICE_CALL inline
 #else
 #include <cuda_runtime.h>
 
 #include "storage.h"
 #define LP_DEVICE __device__ __forceinline__
+#define LP_DEVICE_CALL __device__ __noinline__
 
 namespace lp {
 namespace cuda {
@@ -17,7 +19,6 @@ namespace simt {
 LP_DEVICE int thread() { return int(threadIdx.x); }
 LP_DEVICE int block_x() { return int(blockIdx.x); }
 LP_DEVICE int block_y() { return int(blockIdx.y); }
-LP_DEVICE int block_z() { return int(blockIdx.z); }
 LP_DEVICE void sync_block() { __syncthreads(); }
 LP_DEVICE void sync_warp() { __syncwarp(); }
 LP_DEVICE char* shared() {

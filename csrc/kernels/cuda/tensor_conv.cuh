@@ -121,6 +121,14 @@ LP_DEVICE void finish_eight(const TensorConv& p, int m, int o, Eight sums) {
   for (int i = 0; i < kPieces; ++i) y[i] = pack<S>(v + i * S::kLanes);
 }
 
+// Eight outputs to wherever they belong. A function of its own: it is large, and called where memory is what takes time.
+template <class S>
+LP_DEVICE_CALL void finish_any(const TensorConv& p, int m, int o, Eight sums) {
+  if (p.y_vector && !p.out_index) return finish_eight<S>(p, m, o, sums);
+#pragma unroll 1
+  for (int i = 0; i < 8; ++i) finish_one<S>(p, m, o + i, sums.v[i]);
+}
+
 template <class T>
 struct TensorConvKernel {
   using S = typename T::S;
@@ -141,7 +149,7 @@ struct TensorConvKernel {
     const int warp = tid / 32;
     warp_m = warp % T::kWarpsM * T::WM;
     warp_n = warp / T::kWarpsM * T::WN;
-    first_column = simt::block_y() * T::BN;
+    first_column = simt::block_x() % p.blocks_n * T::BN;
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i) windows[i] = window_of(p, first_row() + row_of(i));
     tap_step = T::CH / p.chunks;
@@ -154,7 +162,7 @@ struct TensorConvKernel {
         for (int k = 0; k < 4; ++k) sums[i][j][k] = 0.f;
   }
 
-  LP_DEVICE int first_row() const { return simt::block_x() * T::BM; }
+  LP_DEVICE int first_row() const { return simt::block_x() / p.blocks_n * T::BM; }
   // Neighbouring threads copy neighbouring chunks of one row.
   LP_DEVICE int row_of(int i) const { return tid / T::CH + i * (T::kThreads / T::CH); }
 
@@ -214,7 +222,7 @@ struct TensorConvKernel {
   }
 
   LP_DEVICE void run() {
-    const int first = simt::block_z() * p.steps_per_split;
+    const int first = simt::block_y() * p.steps_per_split;
     const int all = (p.taps * p.chunks + T::CH - 1) / T::CH;
     const int last = first + p.steps_per_split < all ? first + p.steps_per_split : all;
     const int steps = last - first;
@@ -260,7 +268,7 @@ struct TensorConvKernel {
         if (m >= p.pixels || o >= p.columns) continue;
         const Eight v = *reinterpret_cast<const Eight*>(rows + u / T::NI * kStride + u % T::NI * 8);
         if (p.partial)
-          *reinterpret_cast<Eight*>(p.partial + (int64_t(simt::block_z()) * p.pixels + m) * p.columns + o) = v;
+          *reinterpret_cast<Eight*>(p.partial + (int64_t(simt::block_y()) * p.pixels + m) * p.columns + o) = v;
         else
           finish_eight<S>(p, m, o, v);
       }
@@ -287,12 +295,7 @@ LP_DEVICE void add_parts(const TensorConv& p, int64_t unit) {
 #pragma unroll
     for (int k = 0; k < 8; ++k) sum.v[k] += part.v[k];
   }
-  if (p.y_vector && !p.out_index) {
-    finish_eight<S>(p, m, o, sum);
-  } else {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) finish_one<S>(p, m, o + k, sum.v[k]);
-  }
+  finish_any<S>(p, m, o, sum);
 }
 
 }  // namespace cuda

@@ -75,7 +75,7 @@ void launch_tile(const TensorConv& p, const Launch& launch, cudaStream_t stream)
     cudaFuncSetAttribute(tensor_conv_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kShared);
     if (device < 64) ready[device] = true;
   }
-  const dim3 grid(unsigned(launch.blocks_x), unsigned(launch.blocks_y), unsigned(launch.splits));
+  const dim3 grid(unsigned(launch.blocks_m) * unsigned(launch.blocks_n), unsigned(launch.splits));
   tensor_conv_kernel<T><<<grid, T::kThreads, T::kShared, stream>>>(p);
 }
 

@@ -50,6 +50,7 @@ struct TensorConv {
   int outputs, columns;  // columns: outputs rounded up to 8
   int y_channels;
   int splits, steps_per_split;
+  int blocks_n;  // tiles side by side: neighbouring blocks read the same pixels
   Act act;
   bool bias_is_float;
   bool y_vector;      // y has 16-byte rows of channels with room for `columns`

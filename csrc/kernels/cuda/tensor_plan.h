@@ -25,7 +25,7 @@ template <class S, int I>
 using TileAt = Tile<S, kTiles[I].bm, kTiles[I].bn, kTiles[I].ch, kTiles[I].warps_m, kTiles[I].warps_n, kTiles[I].stages>;
 
 struct Launch {
-  int tile, splits, blocks_x, blocks_y;
+  int tile, splits, blocks_m, blocks_n;
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -109,7 +109,7 @@ inline TensorConv tensor_params(const CompactForward& f, const View& x, const La
   p.stride_h = int(s.stride_h), p.stride_w = int(s.stride_w), p.pad_h = int(s.pad_h), p.pad_w = int(s.pad_w);
   p.dil_h = int(s.dil_h), p.dil_w = int(s.dil_w);
   p.outputs = int(s.outputs), p.columns = int(round_up(s.outputs, 8)), p.y_channels = int(f.y_channels);
-  p.splits = launch.splits;
+  p.splits = launch.splits, p.blocks_n = launch.blocks_n;
   p.steps_per_split = int(divide_up(divide_up(int64_t(p.taps) * p.chunks, kTiles[launch.tile].ch), launch.splits));
   p.act = f.act, p.bias_is_float = f.bias_is_float;
   p.y_vector = aligned_rows(f.y, s, s.out_h, s.out_w, f.lanes) && (s.outputs % 8 == 0 || f.y_has_room);
