@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+
+from lightning_prune.models import resnet20
 
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 
@@ -67,3 +69,11 @@ class ResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.blocks(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
         return self.fc(out.mean((2, 3)))
+
+
+#: name -> (constructor, edge length of the images)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet20": (resnet20, 32),
+    "vgg16": (vgg16, 32),
+    "resnet18": (ResNet18, 64),
+}

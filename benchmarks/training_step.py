@@ -1,0 +1,236 @@
+"""How fast is a training step while channels die? Against the dense, the physically small and the multiplied network.
+
+A step is forward, cross-entropy, backward and SGD with momentum on a batch of 64; one CPU thread, process CPU time. All
+variants of a network and a share run in turns, so that whatever disturbs the machine disturbs all of them; the ratios are of
+medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from training_models import NETWORKS
+
+from lightning_prune import CompactionPlan, compact, trace_channels
+from lightning_prune.channels.groups import ChannelGraph, Mask
+from lightning_prune.files import write_atomically
+from lightning_prune.gates.attach import GateHooks, consumer_channels
+from lightning_prune.skipping import DeadChannelSkipper
+from lightning_prune.weights import WeightKeeper
+
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+SHARES = (0.0, 0.25, 0.5, 0.75)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", choices=[[], *NETWORKS], default=[])
+    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument(
+        "--no-compile", action="store_true", help="without torch.compile (minutes per network)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="batch 8, three rounds, no torch.compile, nothing written"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args()
+
+
+def random_mask(graph: ChannelGraph, share: float, seed: int) -> Mask:
+    """The same share of every group, at random; at least one channel of each stays."""
+    generator = np.random.default_rng(seed)
+    mask = np.ones(graph.num_channels, dtype=bool)
+    for group in graph.groups:
+        dead = min(group.size - 1, round(share * group.size))
+        mask[group.start + generator.choice(group.size, dead, replace=False)] = False
+    return mask
+
+
+Step = Callable[[], None]
+
+
+def step_of(model: nn.Module, x: Tensor, labels: Tensor, afterwards: Step | None = None) -> Step:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        if afterwards is not None:
+            afterwards()
+
+    return step
+
+
+class Variants:
+    """The same network several times, as steps to be timed."""
+
+    def __init__(self, name: str, share: float, batch: int, compiled: bool) -> None:
+        make, size = NETWORKS[name]
+        torch.manual_seed(0)
+        self.dense = make().train()
+        self.labels = torch.randint(0, 10, (batch,))
+        self.x = torch.randn(batch, 3, size, size)
+        self.graph = trace_channels(self.dense, self.x[:1])
+        self.mask = random_mask(self.graph, share, seed=1)
+        self.steps: dict[str, Step] = {}
+        self.plain("dense", self.dense, compiled and share == 0)
+        if share > 0:
+            plan = CompactionPlan.from_mask(self.graph, self.mask)
+            self.plain("small", compact(self.dense, self.x[:2], plan), compiled)
+        self.multiplied()
+        self.ours()
+
+    def plain(self, name: str, model: nn.Module, compiled: bool) -> None:
+        for label, memory_format in FORMATS.items():
+            own = copy.deepcopy(model).train().to(memory_format=memory_format)
+            x = self.x.contiguous(memory_format=memory_format)
+            self.steps[f"{name} {label}"] = step_of(own, x, self.labels)
+            if compiled and label == "nhwc":
+                twin = torch.compile(copy.deepcopy(own))
+                self.steps[f"{name} compiled"] = step_of(twin, x, self.labels)
+
+    def _gated(self) -> tuple[nn.Module, WeightKeeper, Tensor]:
+        """The masked network in channels_last, a learned gate on every channel that can have one."""
+        model = copy.deepcopy(self.dense).to(memory_format=torch.channels_last)
+        keeper = WeightKeeper(model, self.graph)
+        keeper.set_mask(self.mask)
+        keeper.zero_dead()
+        alive = torch.from_numpy(self.mask) | ~consumer_channels(self.graph)
+        gates = nn.Parameter(alive.float())
+        GateHooks(model, self.graph, lambda training: gates).attach()
+        return model, keeper, gates
+
+    def multiplied(self) -> None:
+        model, _, _ = self._gated()
+        x = self.x.contiguous(memory_format=torch.channels_last)
+        self.steps["multiplied"] = step_of(model, x, self.labels)
+
+    def ours(self) -> None:
+        model, keeper, _ = self._gated()
+        skipper = DeadChannelSkipper(model, self.graph)
+        skipper.set_mask(self.mask)
+        x = self.x.contiguous(memory_format=torch.channels_last)
+        self.steps["ours"] = step_of(model, x, self.labels, keeper.zero_dead)
+
+
+def measure(name: str, share: float, options: argparse.Namespace) -> dict[str, Any]:
+    variants = Variants(name, share, options.batch, compiled=not options.no_compile)
+    failed: dict[str, str] = {}
+    for label, step in list(variants.steps.items()):
+        try:
+            for _ in range(2):  # warm-up: compilation, the comparison by the clock, workspaces
+                step()
+        except Exception as error:  # a peer that cannot run is reported, not fatal
+            if label == "ours":
+                raise
+            failed[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            del variants.steps[label]
+    times: dict[str, list[float]] = {label: [] for label in variants.steps}
+    for _ in range(options.rounds):
+        for label, step in variants.steps.items():
+            start = time.process_time()
+            step()
+            times[label].append(time.process_time() - start)
+    medians = {label: statistics.median(seconds) for label, seconds in times.items()}
+    row: dict[str, Any] = {
+        "network": name,
+        "dead": share,
+        "milliseconds": {k: round(v * 1e3, 2) for k, v in medians.items()},
+    }
+    for peer in ("dense", "small", "multiplied"):
+        best = min((v for k, v in medians.items() if k.startswith(peer)), default=None)
+        if best is not None:
+            row[f"vs_{peer}"] = round(best / medians["ours"], 3)
+            row[f"best_{peer}"] = min((k for k in medians if k.startswith(peer)), key=lambda k: medians[k])
+    if failed:
+        row["failed"] = failed
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| network | dead | ours, ms | best dense | ours is | best small | ours is | multiplied | ours is |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["network"], f"{row['dead']:.0%}", f"{row['milliseconds']['ours']:.1f}"]
+        for peer in ("dense", "small", "multiplied"):
+            best = row.get(f"best_{peer}")
+            if best is None:
+                cells += ["", ""]
+                continue
+            cells += [f"{row['milliseconds'][best]:.1f} ({best.removeprefix(peer).strip() or 'nhwc'})"]
+            cells += [f"{row[f'vs_{peer}']:.2f} x faster"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def environment(options: argparse.Namespace) -> dict[str, Any]:
+    from lightning_prune.ops import _loading
+
+    info = _loading.build_info()
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {
+        "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
+        "features": info.cpu_features() if info else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": 1,
+        "clock": "process CPU time, median",
+        "rounds": options.rounds,
+        "batch": options.batch,
+        "load_average": round(os.getloadavg()[0], 1),
+        "compiled_peers": not options.no_compile,
+    }
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(1)
+    if options.quick:
+        options.rounds, options.batch, options.no_compile, options.shares = 3, 8, True, [0.0, 0.5]
+    facts = environment(options)
+    rows: list[dict[str, Any]] = []
+    for name in options.networks or NETWORKS:
+        for share in options.shares:
+            rows.append(measure(name, share, options))
+            print(json.dumps(rows[-1]), flush=True)
+            torch.compiler.reset()
+    text = table(rows)
+    print(text)
+    if options.quick:
+        return
+    notes = [
+        "# A training step on one CPU thread\n",
+        "Forward, loss, backward and SGD with momentum. Ours: the full-size network, a learned gate on every channel, dead "
+        "channels at zero. Small: the compacted network of the same widths. Multiplied: the gated network with torch's "
+        "kernels. In brackets the memory format, or compiled, of the fastest peer.\n",
+        *(f"- {key}: {value}" for key, value in facts.items() if key != "features"),
+        "",
+    ]
+    write_atomically(options.out / "training_step.md", ("\n".join(notes) + "\n" + text + "\n").encode())
+    content = {"environment": facts, "rows": rows}
+    write_atomically(options.out / "training_step.json", (json.dumps(content, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
