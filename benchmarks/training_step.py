@@ -132,18 +132,23 @@ class Variants:
         self.steps["ours"] = step_of(model, x, self.labels, keeper.zero_dead)
 
 
+def warm_up(label: str, step: Step) -> str | None:
+    """Compilation, the comparison by the clock, workspaces; why a peer cannot run, which is reported and not fatal."""
+    try:
+        step()
+        step()
+    except Exception as error:
+        if label == "ours":
+            raise
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    return None
+
+
 def measure(name: str, share: float, options: argparse.Namespace) -> dict[str, Any]:
     variants = Variants(name, share, options.batch, compiled=not options.no_compile)
-    failed: dict[str, str] = {}
-    for label, step in list(variants.steps.items()):
-        try:
-            for _ in range(2):  # warm-up: compilation, the comparison by the clock, workspaces
-                step()
-        except Exception as error:  # a peer that cannot run is reported, not fatal
-            if label == "ours":
-                raise
-            failed[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            del variants.steps[label]
+    failed = {label: error for label, step in variants.steps.items() if (error := warm_up(label, step))}
+    for label in failed:
+        del variants.steps[label]
     times: dict[str, list[float]] = {label: [] for label in variants.steps}
     for _ in range(options.rounds):
         for label, step in variants.steps.items():

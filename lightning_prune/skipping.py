@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .channels.groups import ChannelGraph, Mask
 from .fused_norms import FusedNorms
+from .gates.attach import IN_GATE, TAKES_GATES
 from .nn._convert import symmetric_padding
 from .ops.availability import can_run_masked_conv2d, extension_available
 from .timing import faster
@@ -83,38 +84,56 @@ class _MaskedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, choice: Choice
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        layer: _Layer,
+        choice: Choice,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, gate)
         ctx.live, ctx.settings, ctx.choice = (layer.live_in, layer.live_out), layer.settings, choice
-        return _forward(x, weight, bias, ctx.live, ctx.settings, choice.forward)
+        return _forward(x, weight, bias, gate, ctx.live, ctx.settings, choice.forward)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        needs = tuple(ctx.needs_input_grad[:3])
+        x, weight, bias, gate = ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[:4])
         if torch.is_grad_enabled():
-            leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+            leaves = [t for t, need in zip((x, weight, bias, gate), needs, strict=True) if need]
             stride, padding, dilation, groups = ctx.settings
-            y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+            y = F.conv2d(x, _gated(weight, gate), bias, stride, padding, dilation, groups)
             found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
             return (*(next(found) if need else None for need in needs), None, None)
-        arguments = (grad, x, weight, bias, ctx.live, ctx.settings)
+        arguments = (grad, x, weight, bias, gate, ctx.live, ctx.settings)
         if ctx.choice.grad_x == ctx.choice.grad_weight:
             grads = _backward(*arguments, needs, ctx.choice.grad_x)
         else:
-            grad_x = _backward(*arguments, (needs[0], False, False), ctx.choice.grad_x)[0]
+            grad_x = _backward(*arguments, (needs[0], False, False, False), ctx.choice.grad_x)[0]
             grads = (grad_x, *_backward(*arguments, (False, *needs[1:]), ctx.choice.grad_weight)[1:])
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
 
+def _gated(weight: Tensor, gate: Tensor | None) -> Tensor:
+    return weight if gate is None else weight * gate[:, None, None]
+
+
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, live: Any, settings: Any, compiled: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    live: Any,
+    settings: Any,
+    compiled: bool = True,
 ) -> Tensor:
     if not compiled:
         stride, padding, dilation, groups = settings
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    result: Tensor = torch.ops.lightning_prune.masked_conv2d(x, weight, bias, None, *live, *settings, "none")
+        return F.conv2d(x, _gated(weight, gate), bias, stride, padding, dilation, groups)
+    result: Tensor = torch.ops.lightning_prune.masked_conv2d(
+        x, weight, bias, None, *live, *settings, "none", "auto", gate
+    )
     return result
 
 
@@ -123,24 +142,30 @@ def _backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    gate: Tensor | None,
     live: Any,
     settings: Any,
     needs: tuple[bool, ...],
     compiled: bool = True,
 ) -> tuple[Tensor, ...]:
+    """Gradients of x, weight, bias and gate; whatever is not needed is not to be read."""
     if not any(needs):
-        return grad, grad, grad  # read by nobody
-    if not compiled:
-        stride, padding, dilation, groups = settings
-        sizes = None if bias is None else list(bias.shape)
-        plain: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-            grad, x, weight, sizes, stride, padding, dilation, False, [0, 0], groups, list(needs)
-        )
-        return plain
-    grads: tuple[Tensor, ...] = torch.ops.lightning_prune.masked_conv2d_backward(
-        grad, None, x, weight, bias, None, *live, *settings, "none", *needs, False
+        return grad, grad, grad, grad
+    need_x, need_weight, need_bias, need_gate = needs
+    if compiled:
+        found: tuple[Tensor, ...] = torch.ops.lightning_prune.masked_conv2d_backward(
+            grad, None, x, weight, bias, None, *live, *settings, "none",
+            need_x, need_weight, need_bias, False, "auto", gate, need_gate,
+        )  # fmt: skip
+        return (*found[:3], found[4])
+    stride, padding, dilation, groups = settings
+    sizes = None if bias is None else list(bias.shape)
+    wanted = [need_x, need_weight or need_gate, need_bias]
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad, x, _gated(weight, gate), sizes, stride, padding, dilation, False, [0, 0], groups, wanted
     )
-    return grads[:3]
+    grad_gate = (grad_weight * weight).sum((0, 2, 3)) if need_gate else grad
+    return grad_x, _gated(grad_weight, gate) if need_weight else grad, grad_bias, grad_gate
 
 
 class DeadChannelSkipper:
@@ -168,6 +193,8 @@ class DeadChannelSkipper:
                 layer.module.register_forward_pre_hook(_Exchange(layer)),
                 layer.module.register_forward_hook(_Restore(), always_call=True),
             ]
+            if layer.module.groups == 1:
+                layer.module.__dict__[TAKES_GATES] = _Marker()
 
     def set_mask(self, mask: Mask) -> None:
         """Skip the channels where ``mask`` (bool, shape [num_channels]) is False; their weights must be zero."""
@@ -184,7 +211,18 @@ class DeadChannelSkipper:
         for module in list(self._handles):
             for handle in self._handles.pop(module):
                 handle.remove()
-            module.__dict__.pop("_conv_forward", None)
+            for name in ("_conv_forward", TAKES_GATES, IN_GATE):
+                module.__dict__.pop(name, None)
+
+
+class _Marker:
+    """Says that the module's gates are taken; a copy of the module has None in its place."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return type(None), ()
 
 
 def _nothing(*unused: Any, **unused_too: Any) -> None:
@@ -206,17 +244,20 @@ class _Hook:
 
 
 class _Exchange(_Hook):
-    """Before the forward call: put another convolution in place if it is allowed and faster."""
+    """Before the forward call: put another convolution in place, which is the plain one where it is not allowed or faster."""
 
     def __init__(self, layer: _Layer) -> None:
         self._layer = layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() or len(args) != 1:
+        if torch.compiler.is_compiling():
             return
         layer = self._layer
-        if _allowed(layer, args[0]) and "_conv_forward" not in module.__dict__:
-            module.__dict__["_conv_forward"] = lambda x, weight, bias: _convolve(layer, x, weight, bias)
+        if "_conv_forward" not in module.__dict__:
+            # The gate is looked up in the call: other hooks may come after this one.
+            module.__dict__["_conv_forward"] = lambda x, weight, bias: _convolve(
+                layer, x, weight, bias, layer.module.__dict__.get(IN_GATE)
+            )
 
 
 class _Restore(_Hook):
@@ -245,22 +286,26 @@ def _allowed(layer: _Layer, x: Any) -> bool:
     return outputs >= LEAST_MACS and can_run_masked_conv2d(x, conv.weight).ok
 
 
-def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias))
+def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> Tensor:
+    plain = type(layer.module)._conv_forward
+    if not _allowed(layer, x):
+        return plain(layer.module, x, _gated(weight, gate), bias)
+    leaves = (x, weight, bias, gate)
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves)
     last = _channels_last(x) or _channels_last(weight)  # the vendor's result is in channels_last if either is
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
-    key = (tuple(x.shape), x.dtype, needs, last)
+    key = (tuple(x.shape), x.dtype, needs, last, gate is None)
     decile = int(layer.share * 10)
     measured, choice = layer.verdicts.get(key, (11, _PLAIN))
     if not all(choice) and decile < measured:
-        found = _measure(layer, x.detach(), weight.detach(), None if bias is None else bias.detach(), needs)
+        found = _measure(layer, x, weight, bias, gate, needs)
         choice = Choice(*(old or new for old, new in zip(choice, found, strict=True)))
         layer.verdicts[key] = (decile, choice)
     if any(choice):
-        result: Tensor = _MaskedConv.apply(x, weight, bias, layer, choice)
+        result: Tensor = _MaskedConv.apply(x, weight, bias, gate, layer, choice)
         return result.contiguous(memory_format=torch.channels_last) if last else result
-    return type(layer.module)._conv_forward(layer.module, x, weight, bias)
+    return plain(layer.module, x, _gated(weight, gate), bias)
 
 
 def _channels_last(tensor: Tensor) -> bool:
@@ -269,13 +314,20 @@ def _channels_last(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def _measure(
-    layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
+    layer: _Layer,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    needs: tuple[bool, ...],
 ) -> Choice:
     """Time each part both ways on this batch, without autograd (nothing is recorded, no hook of the user's sees it)."""
-    arguments = (x, weight, bias, (layer.live_in, layer.live_out), layer.settings)
+    x, weight = x.detach(), weight.detach()
+    bias, gate = (None if t is None else t.detach() for t in (bias, gate))
+    arguments = (x, weight, bias, gate, (layer.live_in, layer.live_out), layer.settings)
     y = _forward(*arguments)
     parts: list[Callable[[bool], Any] | None] = [lambda compiled: _forward(*arguments, compiled)]
-    for part in ((needs[0], False, False), (False, *needs[1:])):
+    for part in ((needs[0], False, False, False), (False, *needs[1:])):
         run = partial(_backward, y, *arguments, part)
         parts.append(run if any(part) else None)
     # What nobody asks for counts as won: it is never computed and need not be measured again.

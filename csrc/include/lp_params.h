@@ -87,6 +87,7 @@ struct MaskedForward {
   View weight;  // (o, c, kh, kw)
   const void* bias;
   const void* gate;
+  const void* in_gate;  // multiplies the inputs, or nullptr; CPU
   IndexList live_in, live_out;
   Act act;
   Algorithm algorithm;
@@ -99,10 +100,13 @@ struct MaskedBackward {
   View grad_y, saved, x, weight;
   const void* bias;
   const void* gate;
+  const void* in_gate;
   IndexList live_in, live_out;
   Act act;
-  View grad_x;        // data == nullptr: not wanted; all gradients arrive zero-filled
-  void* grad_weight;  // contiguous
+  View grad_x;  // data == nullptr: not wanted; all gradients arrive zero-filled, unless every element is live
+  void* grad_weight;
+  int64_t grad_weight_strides[4];  // of (o, c, kh, kw); contiguous on CUDA
+  void* grad_in_gate;
   void* grad_bias;
   void* grad_gate;
   Algorithm algorithm;

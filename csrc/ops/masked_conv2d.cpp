@@ -8,7 +8,7 @@ namespace {
 // Contiguous, checked arguments; kept alive while the kernels read them.
 struct Arguments {
   ConvShape shape;
-  std::optional<Tensor> bias, gate, live_in, live_out;
+  std::optional<Tensor> bias, gate, in_gate, live_in, live_out;
   DType dtype;
   Act act;
   Algorithm algorithm;
@@ -24,7 +24,7 @@ Algorithm parse_algorithm(const char* op, const std::string& name) {
 Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                 const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in, const std::optional<Tensor>& live_out,
                 const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups, const std::string& activation,
-                const std::string& algorithm) {
+                const std::string& algorithm, const std::optional<Tensor>& in_gate) {
   if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)
     fail(op, ": x must be float32 or float64; got ", dtype_name(x.scalar_type()), " (cast with x.float())");
   if (weight.scalar_type() != x.scalar_type())
@@ -36,6 +36,13 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std
                        x.dim() == 4 ? x.size(1) : 0);
   if (bias) a.bias = vector_argument(op, "bias", *bias, a.shape.outputs, x);
   if (gate) a.gate = vector_argument(op, "gate", *gate, a.shape.outputs, x);
+  if (in_gate && x.is_cuda()) fail(op, ": in_gate runs on the CPU; multiply the weight by it");
+  if (in_gate) {
+    if (in_gate->dim() != 1 || in_gate->size(0) != a.shape.channels || in_gate->scalar_type() != x.scalar_type())
+      fail(op, ": in_gate must be ", dtype_name(x.scalar_type()), " of shape (", a.shape.channels,
+           "), one value per input channel; got ", dtype_name(in_gate->scalar_type()), " of shape ", show_shape(*in_gate));
+    a.in_gate = torch::stable::contiguous(*in_gate);
+  }
   if (live_in) a.live_in = index_argument(op, "live_in", *live_in, a.shape.channels, Order::sorted, x);
   if (live_out) a.live_out = index_argument(op, "live_out", *live_out, a.shape.outputs, Order::sorted, x);
   a.dtype = x.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
@@ -52,16 +59,27 @@ IndexList list_of(const std::optional<Tensor>& index, int64_t channels) {
 Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in,
                      const std::optional<Tensor>& live_out, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                     int64_t groups, const std::string& activation, const std::string& algorithm) {
+                     int64_t groups, const std::string& activation, const std::string& algorithm,
+                     const std::optional<Tensor>& in_gate) {
   const Arguments a = check("masked_conv2d", x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups,
-                            activation, algorithm);
+                            activation, algorithm, in_gate);
   const ConvShape& s = a.shape;
   Tensor y = new_output(x, {s.n, s.outputs, s.out_h, s.out_w});
   const IndexList out = list_of(a.live_out, s.outputs);
   if (out.count < s.outputs) torch::stable::zero_(y);
-  const MaskedForward f{
-      s,   a.dtype, view_of(x), view_of(y), view_of(weight), data_of(a.bias), data_of(a.gate), list_of(a.live_in, s.channels),
-      out, a.act,   a.algorithm};
+  MaskedForward f{};
+  f.shape = s;
+  f.dtype = a.dtype;
+  f.x = view_of(x);
+  f.y = view_of(y);
+  f.weight = view_of(weight);
+  f.bias = data_of(a.bias);
+  f.gate = data_of(a.gate);
+  f.in_gate = data_of(a.in_gate);
+  f.live_in = list_of(a.live_in, s.channels);
+  f.live_out = out;
+  f.act = a.act;
+  f.algorithm = a.algorithm;
   Scratch scratch(x);
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -72,15 +90,15 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const std::optional<
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     const Tensor& grad_y, const std::optional<Tensor>& saved, const Tensor& x, const Tensor& weight,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in,
     const std::optional<Tensor>& live_out, const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
-    const std::string& activation, bool need_x, bool need_weight, bool need_bias, bool need_gate,
-    const std::string& algorithm) {
+    const std::string& activation, bool need_x, bool need_weight, bool need_bias, bool need_gate, const std::string& algorithm,
+    const std::optional<Tensor>& in_gate, bool need_in_gate) {
   const char* op = "masked_conv2d_backward";
   const Arguments a =
-      check(op, x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups, activation, algorithm);
+      check(op, x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups, activation, algorithm, in_gate);
   const ConvShape& s = a.shape;
   const Sizes out_shape{s.n, s.outputs, s.out_h, s.out_w};
   const auto check_output = [&](const char* name, const Tensor& t) {
@@ -94,14 +112,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   if (saved) check_output("saved", *saved);
   if (need_bias && !bias) fail(op, ": need_bias is set but bias is None");
   if (need_gate && !gate) fail(op, ": need_gate is set but gate is None");
+  if (need_in_gate && !in_gate) fail(op, ": need_in_gate is set but in_gate is None");
   Tensor grad_x = new_output(x, need_x ? Sizes{s.n, s.channels, s.height, s.width} : Sizes{0, 0, 0, 0});
   const bool all_written = s.stride_h == 1 && s.stride_w == 1 && s.dil_h == 1 && s.dil_w == 1 && !a.live_in &&
                            (!a.live_out || a.live_out->size(0) == s.outputs) && s.outputs > 0 && s.groups == 1;
   if (need_x && !all_written) torch::stable::zero_(grad_x);
   const auto wsizes = weight.sizes();
-  Tensor grad_weight = zeros_on(x, need_weight ? Sizes(wsizes.data(), wsizes.data() + 4) : Sizes{0, 0, 0, 0});
+  const Sizes weight_shape = need_weight ? Sizes(wsizes.data(), wsizes.data() + 4) : Sizes{0, 0, 0, 0};
+  // In the weight's own format, so that accumulating it needs no copy.
+  Tensor grad_weight = x.is_cuda() ? zeros_on(x, weight_shape) : new_output(weight, weight_shape);
+  const bool all_live = !a.live_in && !a.live_out && s.outputs > 0 && s.channels > 0;
+  if (need_weight && !x.is_cuda() && !all_live) torch::stable::zero_(grad_weight);
   Tensor grad_bias = zeros_on(x, {need_bias ? s.outputs : 0});
   Tensor grad_gate = zeros_on(x, {need_gate ? s.outputs : 0});
+  Tensor grad_in_gate = zeros_on(x, {need_in_gate ? s.channels : 0});
   MaskedBackward f{};
   f.shape = s;
   f.dtype = a.dtype;
@@ -116,7 +140,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   f.act = a.act;
   f.algorithm = a.algorithm;
   if (need_x) f.grad_x = view_of(grad_x);
-  if (need_weight) f.grad_weight = grad_weight.data_ptr();
+  f.in_gate = data_of(a.in_gate);
+  if (need_weight) {
+    f.grad_weight = grad_weight.data_ptr();
+    for (int d = 0; d < 4; ++d) f.grad_weight_strides[d] = grad_weight.strides()[d];
+  }
+  if (need_in_gate) f.grad_in_gate = grad_in_gate.data_ptr();
   if (need_bias) f.grad_bias = grad_bias.data_ptr();
   if (need_gate) f.grad_gate = grad_gate.data_ptr();
   Scratch scratch(x);
@@ -126,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   } else {
     masked_backward_cpu(f, scratch.env());
   }
-  return {grad_x, grad_weight, grad_bias, grad_gate};
+  return {grad_x, grad_weight, grad_bias, grad_gate, grad_in_gate};
 }
 
 }  // namespace
@@ -134,12 +163,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
   m.def(
       "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? live_in, Tensor? live_out, "
-      "int[2] stride, int[2] padding, int[2] dilation, int groups, str activation, str algorithm=\"auto\") -> Tensor");
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, str activation, str algorithm=\"auto\", "
+      "Tensor? in_gate=None) -> Tensor");
   m.def(
       "masked_conv2d_backward(Tensor grad_y, Tensor? saved, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, "
       "Tensor? live_in, Tensor? live_out, int[2] stride, int[2] padding, int[2] dilation, int groups, str activation, "
-      "bool need_x, bool need_weight, bool need_bias, bool need_gate, str algorithm=\"auto\") -> (Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "bool need_x, bool need_weight, bool need_bias, bool need_gate, str algorithm=\"auto\", "
+      "Tensor? in_gate=None, bool need_in_gate=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) {

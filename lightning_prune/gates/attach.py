@@ -21,6 +21,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..channels.groups import ChannelGraph
 
+#: A module with this attribute multiplies its own weight's columns by IN_GATE, shape [inputs], during its forward call.
+TAKES_GATES, IN_GATE = "_takes_gates", "_in_gate"
+
 
 @dataclass(frozen=True)
 class Site:
@@ -160,7 +163,15 @@ class GateHooks:
         for attribute, site in self._sites[module]:
             weight = module.__dict__.get(attribute, module._parameters[attribute])
             assert weight is not None
-            module.__dict__[attribute] = weight * site.scale(multipliers, weight.dim()).to(weight.dtype)
+            scale = site.scale(multipliers, weight.dim()).to(weight.dtype)
+            if (
+                attribute == "weight"
+                and module.__dict__.get(TAKES_GATES) is not None
+                and not torch.compiler.is_compiling()
+            ):
+                module.__dict__[IN_GATE] = scale.flatten()
+            else:
+                module.__dict__[attribute] = weight * scale
         return None
 
     def _laid_out(self, module: nn.Module, x: Tensor, factors: Tensor) -> Tensor:
@@ -174,3 +185,4 @@ class GateHooks:
     def _restore(self, module: nn.Module, *unused: Any) -> None:
         for attribute, _ in self._sites[module]:
             module.__dict__.pop(attribute, None)
+        module.__dict__.pop(IN_GATE, None)

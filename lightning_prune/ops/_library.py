@@ -52,6 +52,7 @@ def _masked_conv2d_fake(
     groups: int,
     activation: str,
     algorithm: str = "auto",
+    in_gate: Tensor | None = None,
 ) -> Tensor:
     height, width = _spatial(x, weight.shape[2:], stride, padding, dilation)
     return new_output(x, (x.shape[0], weight.shape[0], height, width))
@@ -76,13 +77,19 @@ def _masked_conv2d_backward_fake(
     need_bias: bool,
     need_gate: bool,
     algorithm: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    in_gate: Tensor | None = None,
+    need_in_gate: bool = False,
+) -> tuple[Tensor, ...]:
     outputs = weight.shape[0]
     return (
         new_output(x, tuple(x.shape) if need_x else (0, 0, 0, 0)),
-        x.new_empty(tuple(weight.shape) if need_weight else (0, 0, 0, 0)),
+        new_output(
+            weight if x.device.type == "cpu" else weight.contiguous(),
+            tuple(weight.shape) if need_weight else (0, 0, 0, 0),
+        ),
         x.new_empty((outputs if need_bias else 0,)),
         x.new_empty((outputs if need_gate else 0,)),
+        x.new_empty((x.shape[1] if need_in_gate else 0,)),
     )
 
 
@@ -127,24 +134,27 @@ def _compact_conv2d_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, gate, live_in, live_out, *settings = inputs
+    x, weight, bias, gate, live_in, live_out, *settings, in_gate = inputs
     ctx.settings = settings
     saved = output if settings[-2] in DERIVATIVE_FROM_OUTPUT else None
-    ctx.save_for_backward(x, weight, bias, gate, live_in, live_out, saved)
+    ctx.save_for_backward(x, weight, bias, gate, live_in, live_out, saved, in_gate)
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    x, weight, bias, gate, live_in, live_out, saved = ctx.saved_tensors
+    x, weight, bias, gate, live_in, live_out, saved, in_gate = ctx.saved_tensors
     *settings, activation, algorithm = ctx.settings
     op = torch.ops.lightning_prune
     if activation != "none" and saved is None:
         # Recomputing the value before the activation is cheaper in memory than keeping a second activation map.
-        saved = op.masked_conv2d(x, weight, bias, gate, live_in, live_out, *settings, "none", algorithm)
-    needs = [ctx.needs_input_grad[i] for i in range(4)]
-    grads = op.masked_conv2d_backward(
-        grad_y, saved, x, weight, bias, gate, live_in, live_out, *settings, activation, *needs, algorithm
-    )
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *([None] * 8))
+        saved = op.masked_conv2d(
+            x, weight, bias, gate, live_in, live_out, *settings, "none", algorithm, in_gate
+        )
+    # Arguments left at their defaults are not among the inputs.
+    needs = [*ctx.needs_input_grad[:4], any(ctx.needs_input_grad[12:])]
+    arguments = (grad_y, saved, x, weight, bias, gate, live_in, live_out, *settings, activation)
+    grads = op.masked_conv2d_backward(*arguments, *needs[:4], algorithm, in_gate, needs[4])
+    *found, in_gate_grad = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return (*found, *([None] * 8), in_gate_grad)
 
 
 def _no_second_order(ctx: Any, *grads: Tensor) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_prune import ChannelPruning, CompactionPlan, ops, skipping, trace_channels
+from lightning_prune.gates.attach import GateHooks
 from lightning_prune.skipping import DeadChannelSkipper
 from lightning_prune.weights import WeightKeeper
 from tests.fit.toys import ToyModule, toy_fit
@@ -156,7 +157,7 @@ def test_nothing_is_left_behind(always: list[str]) -> None:
         assert len(always) == calls  # a copy is a plain network
     skipper.detach()
     for name, module in model.named_modules():
-        assert set(module.__dict__) == set(before[name]) - {"_compiled_call_impl"}
+        assert set(module.__dict__) == set(before[name]) - {"_compiled_call_impl", "_takes_gates"}
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
     assert all(not module._forward_hooks_always_called for module in model.modules())
@@ -321,3 +322,42 @@ def test_an_aborted_fit_leaves_no_hook(always: list[str]) -> None:
 def test_the_argument_is_checked() -> None:
     with pytest.raises(ValueError, match="dead_channel_skipping must be True or False; got 'yes'"):
         ChannelPruning(dead_channel_skipping="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", ["gates", "skipper"])
+@pytest.mark.parametrize(
+    "choice", [(True, True, True), (True, False, False), (False, True, False), (False,) * 3]
+)
+def test_gates_go_into_the_kernel(
+    choice: tuple[bool, ...], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gated weight is never multiplied out where the kernel takes the gate; gradients reach gate and weight."""
+    monkeypatch.setattr(skipping, "_measure", lambda *a: skipping.Choice(*choice))
+    monkeypatch.setattr(skipping, "LEAST_MACS", 0)
+    torch.manual_seed(2)
+    model = Net().double()
+    twin = copy.deepcopy(model)
+    graph = trace_channels(model, X[:1])
+    results = []
+    for net in (model, twin):
+        values = torch.rand(
+            graph.num_channels, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        ).requires_grad_()
+        hooks = GateHooks(net, graph, lambda training, values=values: values)
+        if first == "gates":
+            hooks.attach()
+        skipper = DeadChannelSkipper(net, graph) if net is model else None
+        if first == "skipper":
+            hooks.attach()
+        found = step(net, X)
+        results.append((found[0], {**found[1], "gates": values.grad.clone()}))
+        copied = copy.deepcopy(net)
+        torch.testing.assert_close(copied(X), found[0], rtol=1e-9, atol=1e-9)
+        if skipper is not None:
+            x = X.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+            grad.square().sum().backward()  # second derivatives
+            skipper.detach()
+        hooks.detach()
+        assert not {"_in_gate", "_takes_gates", "_conv_forward", "weight"} & set(net.back.__dict__)
+    assert_same(results[0], results[1])

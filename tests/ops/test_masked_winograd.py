@@ -173,3 +173,58 @@ def test_algorithm_is_checked_and_traced(target: torch.device) -> None:
     torch.library.opcheck(OP.masked_conv2d, (x.requires_grad_(), weight, *shared, "winograd4"))
     with pytest.raises(RuntimeError, match="algorithm must be one of auto, direct.*got 'fft'"):
         OP.masked_conv2d(x, weight, *shared, "fft")
+
+
+@given(
+    data=st.data(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    groups=st.sampled_from([1, 2, 20]),
+    kernel=st.sampled_from([1, 3]),
+    stride=st.sampled_from([1, 2]),
+    last=st.booleans(),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_gate_of_the_inputs(
+    target: torch.device,
+    data: st.DataObject,
+    dtype: torch.dtype,
+    groups: int,
+    kernel: int,
+    stride: int,
+    last: bool,
+) -> None:
+    on_cpu(target)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    outputs = 40 if groups == 20 else 34
+    x, weight, gate = randn(3, 20, 9, 9), randn(outputs, 20 // groups, kernel, kernel), randn(20)
+    bias, out_gate = randn(outputs), randn(outputs)
+    live = [live_channels(data, 20), live_channels(data, outputs)]
+    if last:
+        x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+    shared = ([stride] * 2, [kernel // 2] * 2, [1, 1], groups, "none")
+    leaves = [t.requires_grad_() for t in (x, weight, bias, out_gate, gate)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    y = OP.masked_conv2d(*leaves[:4], *live, *shared, "auto", leaves[4])
+    expected = reference.masked_conv2d(wide[0] * wide[4][:, None, None], *wide[1:4], *live, *shared)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+    assert error(y, expected) < tolerance
+    grad = randn(*y.shape)
+    for a, b in zip(
+        torch.autograd.grad(y, leaves, grad), torch.autograd.grad(expected, wide, grad.double()), strict=True
+    ):
+        assert error(a, b) < tolerance
+
+
+def test_a_gate_of_the_inputs_is_checked(target: torch.device) -> None:
+    on_cpu(target)
+    x, weight = torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)
+    shared = (None, None, None, None, [1, 1], [1, 1], [1, 1], 1, "relu", "auto")
+    torch.library.opcheck(OP.masked_conv2d, (x, weight, *shared, torch.rand(4, requires_grad=True)))
+    with pytest.raises(
+        RuntimeError, match=r"in_gate must be float32 of shape \(4\).*got float32 of shape \(3\)"
+    ):
+        OP.masked_conv2d(x, weight, *shared, torch.rand(3))

@@ -75,7 +75,8 @@ struct PanelPack {
   int64_t lanes;
   const int64_t* red_at;  // element offset of each reduced channel
   int64_t reds;
-  const T* red_scale;  // or nullptr
+  const T* red_scale;   // or nullptr
+  const T* lane_scale;  // or nullptr
   const int64_t* tap_at;
   int taps;
   T* out;
@@ -89,7 +90,8 @@ struct PanelPack {
       for (int64_t r = 0; r < reds; ++r, dst += step) {
         const T* src = weight + red_at[r] + tap_at[t];
         const T scale = red_scale ? red_scale[r] : T(1);
-        for (int64_t i = 0; i < count; ++i) dst[i] = src[lane_at[first + i]] * scale;
+        for (int64_t i = 0; i < count; ++i)
+          dst[i] = src[lane_at[first + i]] * (lane_scale ? scale * lane_scale[first + i] : scale);
         for (int64_t i = count; i < step; ++i) dst[i] = T(0);
       }
   }

@@ -91,7 +91,8 @@ Affine<T> make_affine(const Env& env, const void* bias, const void* gate, const 
 
 // Depthwise weights for chunked lists: per chunk (tap, channel padded to a panel); optional scale per output.
 template <class T>
-void pack_depthwise(TapConv& p, const Env& env, const View& w, const Taps& taps, const ChannelLists& outs, const T* gate) {
+void pack_depthwise(TapConv& p, const Env& env, const View& w, const Taps& taps, const ChannelLists& ins,
+                    const ChannelLists& outs, const T* gate, const T* in_gate) {
   int64_t* begin = scratch<int64_t>(env, outs.groups + 1);
   begin[0] = 0;
   for (int g = 0; g < outs.groups; ++g) begin[g + 1] = begin[g] + (outs.size(g) + kPanel - 1) / kPanel * kPanel * taps.count;
@@ -102,7 +103,8 @@ void pack_depthwise(TapConv& p, const Env& env, const View& w, const Taps& taps,
     for (int t = 0; t < taps.count; ++t)
       for (int64_t i = 0; i < outs.size(g); ++i) {
         const int64_t o = outs.ids[outs.begin[g] + i];
-        packed[begin[g] + t * width + i] = weight_at<T>(w, o, 0, taps.kh[t], taps.kw[t]) * (gate ? gate[o] : T(1));
+        const T scale = (gate ? gate[o] : T(1)) * (in_gate ? in_gate[ins.ids[ins.begin[g] + i]] : T(1));
+        packed[begin[g] + t * width + i] = weight_at<T>(w, o, 0, taps.kh[t], taps.kw[t]) * scale;
       }
   }
   p.weight = packed;
@@ -116,43 +118,45 @@ const int64_t* tap_offsets(const Env& env, const View& w, const Taps& taps) {
   return at;
 }
 
-// Panels per group: lanes are outputs (forward) or inputs (`flip`, the input gradient, scaled by the output's gate).
+// values[ids[i]] for all i; nullptr stays nullptr.
+template <class T>
+const T* picked(const Env& env, const void* values, const ChannelLists& l) {
+  if (!values) return nullptr;
+  T* found = scratch<T>(env, l.count());
+  for (int64_t i = 0; i < l.count(); ++i) found[i] = static_cast<const T*>(values)[l.ids[i]];
+  return found;
+}
+
+// Panels per group: lanes are outputs (forward) or inputs (`flip`, the input gradient, scaled by the output's gate too).
 template <class T>
 void pack_panels(TapConv& p, const Env& env, const ConvShape& s, const View& w, const Taps& taps, const ChannelLists& ins,
-                 const ChannelLists& outs, bool flip, const T* gate) {
+                 const ChannelLists& outs, bool flip, const void* gate, const void* in_gate) {
   const int64_t in_per_group = s.channels / s.groups;
   int64_t* in_at = scratch<int64_t>(env, ins.count());
   int64_t* out_at = scratch<int64_t>(env, outs.count());
-  T* scale = gate && flip ? scratch<T>(env, outs.count()) : nullptr;
   for (int64_t i = 0; i < ins.count(); ++i) in_at[i] = ins.ids[i] % in_per_group * w.c;
-  for (int64_t i = 0; i < outs.count(); ++i) {
-    out_at[i] = outs.ids[i] * w.n;
-    if (scale) scale[i] = gate[outs.ids[i]];
-  }
+  for (int64_t i = 0; i < outs.count(); ++i) out_at[i] = outs.ids[i] * w.n;
+  const T* in_scale = picked<T>(env, in_gate, ins);
+  const T* out_scale = flip ? picked<T>(env, gate, outs) : nullptr;
+  const ChannelLists &lanes = flip ? ins : outs, &reds = flip ? outs : ins;
+  const int64_t *lane_at = flip ? in_at : out_at, *red_at = flip ? out_at : in_at;
+  const T *lane_scale = flip ? in_scale : nullptr, *red_scale = flip ? out_scale : in_scale;
   const int64_t* tap_at = tap_offsets(env, w, taps);
   int64_t* begin = scratch<int64_t>(env, outs.groups + 1);
   PanelPack<T>* packs = scratch<PanelPack<T>>(env, outs.groups);
   begin[0] = 0;
   for (int g = 0; g < outs.groups; ++g) {
-    const int64_t ni = ins.size(g), no = outs.size(g);
-    packs[g] = flip ? PanelPack<T>{static_cast<const T*>(w.data),
-                                   in_at + ins.begin[g],
-                                   ni,
-                                   out_at + outs.begin[g],
-                                   no,
-                                   scale ? scale + outs.begin[g] : nullptr,
-                                   tap_at,
-                                   taps.count,
-                                   nullptr}
-                    : PanelPack<T>{static_cast<const T*>(w.data),
-                                   out_at + outs.begin[g],
-                                   no,
-                                   in_at + ins.begin[g],
-                                   ni,
-                                   nullptr,
-                                   tap_at,
-                                   taps.count,
-                                   nullptr};
+    const int64_t lane = lanes.begin[g], red = reds.begin[g];
+    packs[g] = PanelPack<T>{static_cast<const T*>(w.data),
+                            lane_at + lane,
+                            lanes.size(g),
+                            red_at + red,
+                            reds.size(g),
+                            red_scale ? red_scale + red : nullptr,
+                            lane_scale ? lane_scale + lane : nullptr,
+                            tap_at,
+                            taps.count,
+                            nullptr};
     begin[g + 1] = begin[g] + packed_width(packs[g].lanes) * packs[g].reds * taps.count;
   }
   T* packed = scratch<T>(env, begin[outs.groups]);
@@ -176,26 +180,26 @@ int winograd_tile(Algorithm algorithm, DType dtype, const ConvShape& s, int64_t 
 }
 
 // As pack_panels, but transformed; one group.
-void pack_transformed(TapConv& p, const Env& env, const ConvShape& s, const View& w, const Taps& taps, const ChannelLists& ins,
-                      const ChannelLists& outs, bool flip, const float* gate, int tile) {
+void pack_transformed(TapConv& p, const Env& env, const View& w, const Taps& taps, const ChannelLists& ins,
+                      const ChannelLists& outs, bool flip, const void* gate, const void* in_gate, int tile) {
   int64_t* in_at = scratch<int64_t>(env, ins.count());
   int64_t* out_at = scratch<int64_t>(env, outs.count());
   for (int64_t i = 0; i < ins.count(); ++i) in_at[i] = ins.ids[i] * w.c;
-  float* scale = flip && gate ? scratch<float>(env, outs.count()) : nullptr;
-  for (int64_t i = 0; i < outs.count(); ++i) {
-    out_at[i] = outs.ids[i] * w.n;
-    if (scale) scale[i] = gate[outs.ids[i]];
-  }
+  for (int64_t i = 0; i < outs.count(); ++i) out_at[i] = outs.ids[i] * w.n;
+  const float* in_scale = picked<float>(env, in_gate, ins);
+  const float* out_scale = flip ? picked<float>(env, gate, outs) : nullptr;
   const int64_t lanes = flip ? ins.count() : outs.count(), reds = flip ? outs.count() : ins.count();
   float* packed = scratch<float>(env, packed_width(lanes) * reds * (tile + 2) * (tile + 2));
-  const WinogradWeight job{static_cast<const float*>(w.data),
-                           flip ? in_at : out_at,
-                           lanes,
-                           flip ? out_at : in_at,
-                           reds,
-                           scale,
-                           tap_offsets(env, w, taps),
-                           packed};
+  WinogradWeight job{};
+  job.weight = static_cast<const float*>(w.data);
+  job.lane_at = flip ? in_at : out_at;
+  job.lanes = lanes;
+  job.red_at = flip ? out_at : in_at;
+  job.reds = reds;
+  job.red_scale = flip ? out_scale : in_scale;
+  job.lane_scale = flip ? in_scale : nullptr;
+  job.tap_at = tap_offsets(env, w, taps);
+  job.out = packed;
   level().winograd_weight(job, tile, env);
   p.weight = packed;
 }
@@ -215,7 +219,7 @@ void forward(const MaskedForward& f, const Env& env) {
     p.scale = a.scale;
     p.shift = a.shift;
     use_lists(p, d.in, d.out);
-    pack_depthwise<T>(p, env, f.weight, taps, d.out, nullptr);
+    pack_depthwise<T>(p, env, f.weight, taps, d.in, d.out, nullptr, static_cast<const T*>(f.in_gate));
     run_conv(f.dtype, p, env);
     return;
   }
@@ -229,11 +233,11 @@ void forward(const MaskedForward& f, const Env& env) {
   if constexpr (std::is_same_v<T, float>) {
     const int tile = winograd_tile(f.algorithm, f.dtype, f.shape, ins.count(), outs.count(), p.rows, p.cols);
     if (tile > 0) {
-      pack_transformed(p, env, f.shape, f.weight, taps, ins, outs, false, nullptr, tile);
+      pack_transformed(p, env, f.weight, taps, ins, outs, false, nullptr, f.in_gate, tile);
       return level().winograd(p, tile, env);
     }
   }
-  pack_panels<T>(p, env, f.shape, f.weight, taps, ins, outs, false, nullptr);
+  pack_panels<T>(p, env, f.shape, f.weight, taps, ins, outs, false, nullptr, f.in_gate);
   run_conv(f.dtype, p, env);
 }
 
@@ -280,50 +284,112 @@ void input_grad(const MaskedBackward& f, const View& grad, const ChannelLists& i
       if constexpr (std::is_same_v<T, float>) {
         const int tile = winograd_tile(f.algorithm, f.dtype, s, ins.count(), outs.count(), p.rows, p.cols);
         if (tile > 0 && !depthwise) {
-          pack_transformed(p, env, s, f.weight, taps, ins, outs, true, static_cast<const float*>(f.gate), tile);
+          pack_transformed(p, env, f.weight, taps, ins, outs, true, f.gate, f.in_gate, tile);
           level().winograd(p, tile, env);
           continue;
         }
       }
       if (depthwise)
-        pack_depthwise<T>(p, env, f.weight, taps, outs, static_cast<const T*>(f.gate));
+        pack_depthwise<T>(p, env, f.weight, taps, ins, outs, static_cast<const T*>(f.gate), static_cast<const T*>(f.in_gate));
       else
-        pack_panels<T>(p, env, s, f.weight, taps, ins, outs, true, static_cast<const T*>(f.gate));
+        pack_panels<T>(p, env, s, f.weight, taps, ins, outs, true, f.gate, f.in_gate);
       run_conv(f.dtype, p, env);
     }
 }
 
-// Sums the threads' partial results in a fixed order, applies the gate and scatters into the full-size gradients.
+// One panel of the weight gradient: sums the threads' partial results in a fixed order, applies the gates and scatters into
+// the full-size gradients. `in_sums` gets what the panel adds to the gradient of in_gate, per input.
 template <class T>
-void finish_weight_grad(const MaskedBackward& f, const TapWeightGrad& w, const ChannelLists& ins, const ChannelLists& outs) {
+void finish_panel(const MaskedBackward& f, const TapWeightGrad& w, const ChannelLists& ins, const ChannelLists& outs, int g,
+                  int64_t panel, T* in_sums) {
   const ConvShape& s = f.shape;
-  const int64_t in_per_group = s.channels / s.groups, taps = s.kh * s.kw;
-  const T* gate = static_cast<const T*>(f.gate);
-  const T* bias = static_cast<const T*>(f.bias);
-  const auto total = [&](int64_t at) {
-    T sum = 0;
-    for (int part = 0; part < w.parts; ++part) sum += static_cast<const T*>(w.partial)[part * w.partial_size + at];
-    return sum;
+  const bool depthwise = w.conv.depthwise;
+  const int64_t in_per_group = s.channels / s.groups, taps = s.kh * s.kw, inputs = depthwise ? 1 : ins.size(g);
+  const int64_t first = panel * kPanel, count = std::min(kPanel, outs.size(g) - first), *id = outs.ids + outs.begin[g] + first;
+  const T *gate = static_cast<const T*>(f.gate), *in_gate = static_cast<const T*>(f.in_gate);
+  const T* partial = static_cast<const T*>(w.partial);
+  const bool wants_products = f.grad_gate || f.grad_in_gate;
+  const int64_t* step = f.grad_weight_strides;
+  const auto total = [&](int64_t at, T* sum) {
+    for (int64_t i = 0; i < kPanel; ++i) sum[i] = partial[at + i];
+    for (int part = 1; part < w.parts; ++part)
+      for (int64_t i = 0; i < kPanel; ++i) sum[i] += partial[part * w.partial_size + at + i];
   };
-  for (int g = 0; g < outs.groups; ++g) {
-    const int64_t inputs = ins.size(g), depth = (w.conv.depthwise ? 1 : inputs) * taps;
-    for (int64_t i = 0; i < outs.size(g); ++i) {
-      const int64_t o = outs.ids[outs.begin[g] + i], lane = i % kPanel;
-      const T scale = gate ? gate[o] : T(1), sum = total(w.sum_begin[g] + i);
-      const int64_t base = w.partial_begin[g] + i / kPanel * kPanel * depth + lane;
-      T gate_grad = bias ? bias[o] * sum : T(0);
-      for (int64_t c = 0; c < (w.conv.depthwise ? 1 : inputs); ++c) {
-        const int64_t local = w.conv.depthwise ? 0 : ins.ids[ins.begin[g] + c] % in_per_group;
-        for (int64_t t = 0; t < taps; ++t) {
-          const T raw = total(base + (t * (w.conv.depthwise ? 1 : inputs) + c) * kPanel);
-          if (f.grad_gate) gate_grad += raw * weight_at<T>(f.weight, o, local, t / s.kw, t % s.kw);
-          if (f.grad_weight) static_cast<T*>(f.grad_weight)[(o * in_per_group + local) * taps + t] = raw * scale;
+  T scale[kPanel], sums[kPanel], products[kPanel] = {};
+  for (int64_t i = 0; i < count; ++i) scale[i] = gate ? gate[id[i]] : T(1);
+  const int64_t base = w.partial_begin[g] + first * inputs * taps;
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t c = 0; c < inputs; ++c) {
+      T raw[kPanel];
+      total(base + (t * inputs + c) * kPanel, raw);
+      const int64_t channel = depthwise ? 0 : ins.ids[ins.begin[g] + c], local = channel % in_per_group;
+      const T in_scale = in_gate && !depthwise ? in_gate[channel] : T(1);
+      if (wants_products) {
+        T in_sum = 0;
+        for (int64_t i = 0; i < count; ++i) {
+          const T own = in_gate && depthwise ? in_gate[ins.ids[ins.begin[g] + first + i]] : in_scale;
+          const T product = raw[i] * weight_at<T>(f.weight, id[i], local, t / s.kw, t % s.kw);
+          products[i] += product * own;
+          in_sum += product * scale[i];
+          if (f.grad_in_gate && depthwise)
+            static_cast<T*>(f.grad_in_gate)[ins.ids[ins.begin[g] + first + i]] += product * scale[i];
         }
+        if (in_sums && !depthwise) in_sums[c] += in_sum;
       }
-      if (f.grad_bias) static_cast<T*>(f.grad_bias)[o] = scale * sum;
-      if (f.grad_gate) static_cast<T*>(f.grad_gate)[o] = gate_grad;
+      if (!f.grad_weight) continue;
+      T* to = static_cast<T*>(f.grad_weight) + local * step[1] + t / s.kw * step[2] + t % s.kw * step[3];
+      for (int64_t i = 0; i < count; ++i) {
+        const T own = in_gate && depthwise ? in_gate[ins.ids[ins.begin[g] + first + i]] : in_scale;
+        to[id[i] * step[0]] = raw[i] * scale[i] * own;
+      }
     }
+  if (!f.grad_bias && !f.grad_gate) return;
+  total(w.sum_begin[g] + first, sums);
+  for (int64_t i = 0; i < count; ++i) {
+    if (f.grad_bias) static_cast<T*>(f.grad_bias)[id[i]] = scale[i] * sums[i];
+    if (f.grad_gate)
+      static_cast<T*>(f.grad_gate)[id[i]] = products[i] + (f.bias ? static_cast<const T*>(f.bias)[id[i]] * sums[i] : T(0));
   }
+}
+
+template <class T>
+void finish_weight_grad(const MaskedBackward& f, const TapWeightGrad& w, const ChannelLists& ins, const ChannelLists& outs,
+                        const Env& env) {
+  int64_t panels = 0, most = 1;
+  for (int g = 0; g < outs.groups; ++g) {
+    panels += (outs.size(g) + kPanel - 1) / kPanel;
+    if (ins.groups == outs.groups) most = std::max(most, ins.size(g));
+  }
+  const bool wants_in = f.grad_in_gate && !w.conv.depthwise;
+  T* in_sums = wants_in ? scratch<T>(env, panels * most) : nullptr;
+  if (wants_in) std::memset(in_sums, 0, size_t(panels * most) * sizeof(T));
+  struct Context {
+    const MaskedBackward& f;
+    const TapWeightGrad& w;
+    const ChannelLists &ins, &outs;
+    T* in_sums;
+    int64_t most;
+  } context{f, w, ins, outs, in_sums, most};
+  const auto body = [](int64_t begin, int64_t end, void* ctx) {
+    const Context& c = *static_cast<Context*>(ctx);
+    int64_t at = 0;
+    for (int g = 0; g < c.outs.groups && at < end; ++g) {
+      const int64_t n = (c.outs.size(g) + kPanel - 1) / kPanel;
+      for (int64_t p = std::max<int64_t>(0, begin - at); p < n && at + p < end; ++p)
+        finish_panel<T>(c.f, c.w, c.ins, c.outs, g, p, c.in_sums ? c.in_sums + (at + p) * c.most : nullptr);
+      at += n;
+    }
+  };
+  if (w.conv.depthwise)  // outputs of several panels may share an input
+    body(0, panels, &context);
+  else
+    env.parallel(panels, body, &context);
+  if (!wants_in) return;
+  int64_t at = 0;
+  for (int g = 0; g < outs.groups; ++g)
+    for (int64_t p = 0; p < (outs.size(g) + kPanel - 1) / kPanel; ++p, ++at)
+      for (int64_t c = 0; c < ins.size(g); ++c)
+        static_cast<T*>(f.grad_in_gate)[ins.ids[ins.begin[g] + c]] += in_sums[at * most + c];
 }
 
 template <class T>
@@ -359,7 +425,7 @@ void weight_grad(const MaskedBackward& f, const View& grad, const ChannelLists& 
     w.partial = scratch<T>(env, at);
     level().winograd_weight_grad(w, tile, env);
     if (!w.wants_sums) std::memset(static_cast<T*>(w.partial) + sums[0], 0, size_t(at - sums[0]) * sizeof(T));
-    return finish_weight_grad<T>(f, w, ins, outs);
+    return finish_weight_grad<T>(f, w, ins, outs, env);
   }
   const int64_t limit = (int64_t(256) << 20) / int64_t(sizeof(T));  // bounds the partial sums on many-core machines
   w.parts = int(std::max<int64_t>(1, std::min<int64_t>(env.threads, limit / at)));
@@ -367,7 +433,7 @@ void weight_grad(const MaskedBackward& f, const View& grad, const ChannelLists& 
   // The kernel returns early on an empty problem; the sums must still read as zero.
   std::memset(w.partial, 0, f.shape.n * f.shape.out_h * f.shape.out_w == 0 ? size_t(at * w.parts) * sizeof(T) : 0);
   level().weight_grad[f.dtype == DType::f64](w, env);
-  finish_weight_grad<T>(f, w, ins, outs);
+  finish_weight_grad<T>(f, w, ins, outs, env);
 }
 
 template <class T>
@@ -393,7 +459,7 @@ void backward(const MaskedBackward& f, const Env& env) {
     for (int64_t i = 0; i < outs.count(); ++i) l.ids[i] = position[outs.ids[i]];
     return l;
   };
-  const bool wants_weight = f.grad_weight || f.grad_bias || f.grad_gate;
+  const bool wants_weight = f.grad_weight || f.grad_bias || f.grad_gate || f.grad_in_gate;
   if (is_depthwise(s)) {
     const DepthwiseLists d = depthwise_lists(env, s, f.live_in, f.live_out);
     if (wants_weight) {

@@ -46,8 +46,9 @@ struct WinogradWeight {
   int64_t lanes;
   const int64_t* red_at;  // element offset of each reduced channel
   int64_t reds;
-  const float* red_scale;  // or nullptr
-  const int64_t* tap_at;   // nine, row-major in the order of the taps' offsets
+  const float* red_scale;   // or nullptr
+  const float* lane_scale;  // or nullptr
+  const int64_t* tap_at;    // nine, row-major in the order of the taps' offsets
   float* out;
 };
 

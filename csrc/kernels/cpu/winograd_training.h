@@ -84,8 +84,9 @@ static void winograd_weight_panel(const WinogradWeight& w, int64_t panel, int64_
     const float scale = w.red_scale ? w.red_scale[r] : 1.0f;
     for (int64_t i = 0; i < count; ++i) {
       const float* from = src + w.lane_at[first + i];
+      const float factor = w.lane_scale ? scale * w.lane_scale[first + i] : scale;
 #pragma GCC unroll 9
-      for (int t = 0; t < 9; ++t) taps[t][i] = from[w.tap_at[t]] * scale;
+      for (int t = 0; t < 9; ++t) taps[t][i] = from[w.tap_at[t]] * factor;
     }
     using V = typename Simd<float, vector_bytes<float, Step>()>::reg;
     constexpr int L = sizeof(V) / 4;
