@@ -30,16 +30,17 @@ lp::View view(double* data, const int64_t* strides) { return {data, strides[0], 
 extern "C" void emulate_forward(const int64_t* shape, double* x, const int64_t* xs, double* w, const int64_t* ws, double* y,
                                 const int64_t* ys, const double* bias, const double* gate, const int64_t* live_in, int64_t ins,
                                 const int64_t* live_out, int64_t outs, int act) {
-  lp::MaskedForward f{*reinterpret_cast<const lp::ConvShape*>(shape),
-                      lp::DType::f64,
-                      view(x, xs),
-                      view(y, ys),
-                      view(w, ws),
-                      bias,
-                      gate,
-                      {live_in, ins},
-                      {live_out, outs},
-                      lp::Act(act)};
+  lp::MaskedForward f{};
+  f.shape = *reinterpret_cast<const lp::ConvShape*>(shape);
+  f.dtype = lp::DType::f64;
+  f.x = view(x, xs);
+  f.y = view(y, ys);
+  f.weight = view(w, ws);
+  f.bias = bias;
+  f.gate = gate;
+  f.live_in = {live_in, ins};
+  f.live_out = {live_out, outs};
+  f.act = lp::Act(act);
   run(lp::cuda::MaskedForwardProblem<double>{f}, f.shape.groups);
 }
 
