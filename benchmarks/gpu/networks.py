@@ -61,12 +61,12 @@ def dense_network(name: str) -> nn.Module:
     return timm.create_model(name, pretrained=False).eval()  # type: ignore[no-any-return]
 
 
-def folded_network(model: nn.Module, example: Tensor) -> nn.Module:
+def folded_network(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
     """The network with folded norms on torch's kernels: what a careful user of torch would run."""
     before = os.environ.get("LIGHTNING_PRUNE_BACKEND")
     os.environ["LIGHTNING_PRUNE_BACKEND"] = "vendor"
     try:
-        return optimize_for_inference(model, example, dtype=example.dtype, cuda_graph=False)
+        return optimize_for_inference(model, example, dtype=dtype, cuda_graph=False)
     finally:
         os.environ.pop("LIGHTNING_PRUNE_BACKEND")
         if before is not None:
@@ -96,9 +96,10 @@ def variants(name: str, share: float, size: int) -> dict[str, nn.Module]:
     return found
 
 
-def measure(name: str, share: float, batch: int, device: str, size: int, quick: bool) -> dict[str, Any]:
+def measure(
+    name: str, share: float, batch: int, device: str, size: int, quick: bool, dtype: torch.dtype
+) -> dict[str, Any]:
     """Row of one case: candidate -> times, error against float64, MACs."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     started = time.monotonic()
     networks = variants(name, share, size)
     row: dict[str, Any] = {"network": name, "share": share, "batch": batch, "size": size, "dtype": str(dtype)}
@@ -108,15 +109,16 @@ def measure(name: str, share: float, batch: int, device: str, size: int, quick: 
     images = [torch.randn(batch, 3, size, size, device=device).to(dtype) for _ in range(2)]
     # Weights and maps of a network exceed the cache by themselves from small batches on.
     images = [image.contiguous(memory_format=LAST) for image in images]
+    example = images[0].float()  # of the model's own dtype
     exact: dict[str, Tensor] = {}
     calls: dict[str, Callable[[], nn.Module]] = {}
     for label, network in networks.items():
         on_device = network.to(device)
         with torch.no_grad():
             exact[label] = copy.deepcopy(on_device).double()(images[0][:2].double())
-        calls[label] = lambda net=on_device: folded_network(net, images[0])
+        calls[label] = lambda net=on_device: folded_network(net, example, dtype)
         calls[f"{label}/optimized"] = lambda net=on_device: optimize_for_inference(
-            net, images[0], dtype=dtype, cuda_graph=False
+            net, example, dtype=dtype, cuda_graph=False
         )
     loops: dict[str, Loop] = {}
     for label, make in calls.items():
@@ -125,7 +127,6 @@ def measure(name: str, share: float, batch: int, device: str, size: int, quick: 
         try:
             started = time.monotonic()
             network = make()
-            network.memory_format = "channels_last"
             with torch.no_grad():
                 found = network(images[0])[:2]
             row["candidates"][label] = {
@@ -162,6 +163,7 @@ def main() -> None:
     given = arguments(__doc__, only={"nargs": "*", "default": None, "help": "names of networks"})
     torch.backends.cudnn.benchmark = True
     cpu = given.device == "cpu"
+    dtype = torch.float32 if cpu else torch.bfloat16
     cases = [("toy", 0.5, 2)] if cpu and not given.only else CASES[: 4 if given.quick else None]
     cases = [case for case in cases if not given.only or case[0] in given.only]
     warm_up(given.device)
@@ -171,7 +173,7 @@ def main() -> None:
             print("out of time; what is measured is in the file")
             return
         try:
-            row = measure(name, share, batch, given.device, 16 if cpu else 224, given.quick)
+            row = measure(name, share, batch, given.device, 16 if cpu else 224, given.quick, dtype)
         except Exception as failure:
             record.add(
                 network=name,

@@ -12,7 +12,18 @@ import pytest
 import torch
 
 gpu = pytest.importorskip("benchmarks.gpu.timing", reason="not a source checkout")
-from benchmarks.gpu import ceilings, layers, peers, record, run_all, shapes, staircase, tiles, timing  # noqa: E402
+from benchmarks.gpu import (
+    ceilings,
+    layers,
+    networks,
+    peers,
+    record,
+    run_all,
+    shapes,
+    staircase,
+    tiles,
+    timing,
+)
 
 
 class Clock:
@@ -178,6 +189,15 @@ def test_forced_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(tiles.choices(shapes.layer("conv3x3", 37, 1))) == 4 * tiles.TILES
     assert len(tiles.choices(shapes.layer("conv3x3", 37, 32))) == tiles.TILES
     assert tiles.best({"chosen": 3.0, "1:1": 2.0, "2:1": 4.0}) == ("1:1", 1.5)
+
+
+def test_a_network_in_the_dtype_of_the_gpu() -> None:
+    row = networks.measure("toy", 0.5, 2, "cpu", 16, True, torch.bfloat16)
+    assert not row["failed"]
+    assert {"dense", "odd", "odd/optimized", "rounded", "rounded/optimized"} == set(row["candidates"])
+    assert all(c["median_us"] > 0 and c["error"] < 0.05 for c in row["candidates"].values())
+    assert row["macs_odd"] <= 0.5 * row["macs_dense"]
+    assert "odd/optimized" in networks.line(row)
 
 
 def test_records_are_complete_json_after_every_row(tmp_path: Path) -> None:
