@@ -137,6 +137,13 @@ def run(section: Section, extra: list[str], seconds: float, log: Path) -> dict[s
     }
 
 
+def seconds_for(section: Section, coming: list[Section], left: float, stretch: bool) -> float:
+    """The section's box, or with ``stretch`` its share of what is left for it and the scripts after it."""
+    boxes = sum(s.box for s in coming if s.script)
+    share = left * section.box / boxes if stretch and section.script else 0.0
+    return min(max(section.box, share), left)
+
+
 def tail(path: Path, lines: int) -> str:
     """The last lines of a log, each cut to a readable length."""
     if not path.exists():
@@ -184,10 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for section in chosen:
+        for number, section in enumerate(chosen):
             left = deadline - time.monotonic() - 2
-            # Given alone, a section may use all that is left.
-            seconds = left if len(chosen) <= 2 and section.name != "build" else min(section.box, left)
+            seconds = seconds_for(section, chosen[number:], left, stretch=bool(given.only))
             log = work / f"{section.name}.log"
             if seconds < GRACE + 2:
                 entry: dict[str, Any] = {"name": section.name, "result": "skipped", "reason": "out of time"}

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-gpu = pytest.importorskip("benchmarks.gpu.timing", reason="not a source checkout")
 from benchmarks.gpu import (
     ceilings,
     layers,
@@ -233,6 +232,16 @@ def test_sections_fail_or_run_out_of_time_alone(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
         assert "log" in archive.getnames()
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["sections"][0]["name"] == "c"
+
+
+def test_sections_that_are_asked_for_share_the_time() -> None:
+    first, second = (run_all.Section(name, (), box) for name, box in (("a", 50.0), ("b", 150.0)))
+    assert run_all.seconds_for(first, [first, second], 400.0, stretch=True) == 100.0
+    assert run_all.seconds_for(second, [second], 300.0, stretch=True) == 300.0
+    assert run_all.seconds_for(second, [second], 100.0, stretch=True) == 100.0
+    assert run_all.seconds_for(first, [first, second], 400.0, stretch=False) == 50.0
+    build = run_all.Section("build", (), 170.0, script=False)
+    assert run_all.seconds_for(build, [build, first], 500.0, stretch=True) == 170.0
 
 
 def test_boxes_fit_one_call_and_every_script_exists() -> None:

@@ -201,3 +201,14 @@ def test_strict_float32_stays_exact(target: torch.device, monkeypatch: pytest.Mo
         exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
         assert error(CompactConv2d.from_conv(conv, exact=True, backend="own")(x), exact) < 1e-5
         assert error(CompactConv2d.from_conv(conv, backend="own")(x), exact) < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("layout", ["padded", "last", "first"])
+def test_fake_kernels_know_the_layout(target: torch.device, layout: str) -> None:
+    weight = torch.randn(41, 37, 3, 3, device=target).bfloat16()
+    packed = ops.pack_conv2d_weight(weight, 1, "auto").bfloat16()
+    x = laid_out(torch.randn(2, 37, 9, 9, device=target).bfloat16(), layout)
+    place = ([1, 1], [1, 1], [1, 1], 1, "relu")
+    arguments = (x, packed, None, None, None, None, list(weight.shape), *place)
+    op = torch.ops.lightning_prune.compact_conv2d.default
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
