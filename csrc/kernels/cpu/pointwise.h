@@ -43,7 +43,7 @@ struct PointwiseTile {
   Clamp bounds;
 };
 
-template <int Bytes, int W, int P, int MR, int... I>
+template <int Bytes, int W, int P, bool Tail, int MR, int... I>
 static inline __attribute__((always_inline)) void pointwise_body(const PointwiseTile& t, std::integer_sequence<int, I...>) {
   using V = typename Simd<float, Bytes>::reg;
   constexpr int L = Simd<float, Bytes>::lanes, per_panel = W / L, NV = per_panel * P;
@@ -63,9 +63,9 @@ static inline __attribute__((always_inline)) void pointwise_body(const Pointwise
     for (int i = 0; i < bases; ++i) base[i] = t.x + t.run_at[r] + i * 3 * ld;
     for (int64_t k = t.run_length[r]; k > 0; --k) {
       V b[NV];
-      for (int v = 0; v < NV; ++v) b[v] = load<V>(panel[v / per_panel] + v % per_panel * L);
+      for (int v = 0; v < NV; ++v) b[v] = load_panel<V, Tail>(panel[v / per_panel] + v % per_panel * L, v == NV - 1);
       ((acc[I] += base[I / NV / 3][I / NV % 3 * ld] * b[I % NV]), ...);
-      for (int i = 0; i < P; ++i) panel[i] += W;
+      for (int i = 0; i < P; ++i) panel[i] += Tail && i == P - 1 ? 8 : W;
       for (int i = 0; i < bases; ++i) ++base[i];
     }
   }
@@ -88,10 +88,10 @@ static inline __attribute__((always_inline)) void pointwise_body(const Pointwise
 
 using PointwiseFn = void (*)(const PointwiseTile&);
 
-template <int Bytes, int W, int P, int MR>
+template <int Bytes, int W, int P, bool Tail, int MR>
 static void pointwise_tile(const PointwiseTile& t) {
   constexpr int NV = W / Simd<float, Bytes>::lanes * P;
-  pointwise_body<Bytes, W, P, MR>(t, std::make_integer_sequence<int, MR * NV>());
+  pointwise_body<Bytes, W, P, Tail, MR>(t, std::make_integer_sequence<int, MR * NV>());
 }
 
 struct PointwiseSet {
@@ -99,31 +99,31 @@ struct PointwiseSet {
   PointwiseFn fn[15];
 };
 
-template <int W, int P, int MR>
+template <int W, int P, bool Tail, int MR>
 static void fill_pointwise(PointwiseSet& set) {
   constexpr int bytes = vector_bytes<float, W>(), limit = max_rows(W / Simd<float, bytes>::lanes * P);
   if constexpr (MR <= limit) {
-    if constexpr (MR == limit || MR % 2 == 0 || MR == 1) set.fn[MR] = pointwise_tile<bytes, W, P, MR>;
+    if constexpr (MR == limit || MR % 2 == 0 || MR == 1) set.fn[MR] = pointwise_tile<bytes, W, P, Tail, MR>;
     set.max = MR;
-    fill_pointwise<W, P, MR + 1>(set);
+    fill_pointwise<W, P, Tail, MR + 1>(set);
     if (!set.fn[MR]) set.fn[MR] = set.fn[MR - 1];  // fewer rows: the last tile overlaps the one before
   }
 }
 
-template <int W, int P>
+template <int W, int P, bool Tail>
 static const PointwiseSet& pointwise_set() {
   static const PointwiseSet set = [] {
     PointwiseSet s{};
-    fill_pointwise<W, P, 1>(s);
+    fill_pointwise<W, P, Tail, 1>(s);
     return s;
   }();
   return set;
 }
 
-// Rows [begin, end) of the product with P panels of weights.
-template <int W, int P>
+// Rows [begin, end) of the product with P panels of weights; Tail: the last of them is 8 wide.
+template <int W, int P, bool Tail = false>
 static void pointwise_rows(PointwiseTile t, int64_t rows) {
-  const PointwiseSet& set = pointwise_set<W, P>();
+  const PointwiseSet& set = pointwise_set<W, P, Tail>();
   const int64_t tiles = (rows + set.max - 1) / set.max;
   int64_t size = (rows + tiles - 1) / tiles;
   if (size % 2 == 1 && size > 1 && size < set.max) size += size + 1 <= rows ? 1 : -1;
@@ -157,7 +157,8 @@ static void pointwise_panels(PointwiseTile t, const float* weight, const float* 
   const int64_t rest = outputs % kPanel, full = outputs / kPanel + (rest > 8);
   t.panel_stride = kPanel * depth;
   for (int64_t panel = 0; panel * kPanel < outputs;) {
-    const int64_t o = panel * kPanel, take = panel >= full ? 1 : LP_REGISTERS == 32 && panel + 2 <= full ? 2 : 1;
+    const bool tail = kTailBeside && panel + 1 == full && rest > 0 && rest <= 8;
+    const int64_t o = panel * kPanel, take = tail || (LP_REGISTERS == 32 && panel + 2 <= full) ? 2 : 1;
     t.weight = weight + o * depth;
     t.shift = shift ? shift + o : nullptr;
     t.count = std::min(outputs - o, take * kPanel);
@@ -165,7 +166,9 @@ static void pointwise_panels(PointwiseTile t, const float* weight, const float* 
       at(line, t);
       t.y += o;
       if (t.residual) t.residual += o;
-      if (panel >= full)
+      if (tail)
+        pointwise_rows<16, kTailBeside ? 2 : 1, kTailBeside>(t, pixels);
+      else if (panel >= full)
         pointwise_rows<8, 1>(t, pixels);
       else if (take == 2)
         pointwise_rows<16, LP_REGISTERS == 32 ? 2 : 1>(t, pixels);

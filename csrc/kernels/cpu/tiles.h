@@ -74,6 +74,21 @@ constexpr int max_rows(int vectors) {
                                               : 1);
 }
 
+// Vectors that hold a whole panel: a last panel of 8 takes the lower half of one and goes through in one pass with the
+// panel before it.
+constexpr bool kTailBeside = LP_VECTOR_BYTES == 64;
+
+// A vector of a panel; `last` of a tail has 8 values.
+template <class V, bool Tail>
+static inline __attribute__((always_inline)) V load_panel(const float* p, [[maybe_unused]] bool last) {
+#if defined(__AVX512F__)
+  if constexpr (Tail && sizeof(V) == 64) {
+    if (last) return V(_mm512_maskz_loadu_ps(__mmask16(0xff), p));
+  }
+#endif
+  return load<V>(p);
+}
+
 template <class T, int W>
 constexpr int vector_bytes() {
   return LP_VECTOR_BYTES < W * int(sizeof(T)) ? LP_VECTOR_BYTES : W * int(sizeof(T));

@@ -127,7 +127,7 @@ static void winograd_output(const float* products, int64_t width, int rows, int 
     for (; v < width; v += 8) run(Simd<float, 32>::reg{}, v);
 }
 
-template <int Bytes, int W, int P, int MR, int... I>
+template <int Bytes, int W, int P, bool Tail, int MR, int... I>
 static inline __attribute__((always_inline)) void product_body(const float* a, const ChannelBlocks& blocks, const float* weight,
                                                                int64_t panel_stride, float* out, int64_t out_stride,
                                                                std::integer_sequence<int, I...>) {
@@ -141,9 +141,9 @@ static inline __attribute__((always_inline)) void product_body(const float* a, c
     const float* const end = a + (block == 1 ? blocks.last_end : kChannelBlock);
     for (; x < end; ++x) {
       V b[NV];
-      for (int v = 0; v < NV; ++v) b[v] = load<V>(panel[v / per_panel] + v % per_panel * L);
+      for (int v = 0; v < NV; ++v) b[v] = load_panel<V, Tail>(panel[v / per_panel] + v % per_panel * L, v == NV - 1);
       ((acc[I] += x[I / NV * kChannelBlock] * b[I % NV]), ...);
-      for (int i = 0; i < P; ++i) panel[i] += W;
+      for (int i = 0; i < P; ++i) panel[i] += Tail && i == P - 1 ? 8 : W;
     }
   }
   (store<V>(out + I / NV * out_stride + I % NV * L, acc[I]), ...);
@@ -152,11 +152,12 @@ static inline __attribute__((always_inline)) void product_body(const float* a, c
 using ProductFn = void (*)(const float* a, const ChannelBlocks& blocks, const float* weight, int64_t panel_stride, float* out,
                            int64_t out_stride);
 
-template <int Bytes, int W, int P, int MR>
+template <int Bytes, int W, int P, bool Tail, int MR>
 static void product(const float* a, const ChannelBlocks& blocks, const float* weight, int64_t panel_stride, float* out,
                     int64_t out_stride) {
   constexpr int NV = W / Simd<float, Bytes>::lanes * P;
-  product_body<Bytes, W, P, MR>(a, blocks, weight, panel_stride, out, out_stride, std::make_integer_sequence<int, MR * NV>());
+  product_body<Bytes, W, P, Tail, MR>(a, blocks, weight, panel_stride, out, out_stride,
+                                      std::make_integer_sequence<int, MR * NV>());
 }
 
 struct ProductSet {
@@ -164,23 +165,23 @@ struct ProductSet {
   ProductFn fn[16];
 };
 
-template <int W, int P, int MR>
+template <int W, int P, bool Tail, int MR>
 static void fill_products(ProductSet& set) {
   constexpr int bytes = vector_bytes<float, W>(), vectors = W / Simd<float, bytes>::lanes * P;
   constexpr int limit = std::min(kTileGroup, max_rows(vectors));
   if constexpr (MR <= limit) {
-    if constexpr (MR == limit || MR % 2 == 0 || MR == 1) set.fn[MR] = product<bytes, W, P, MR>;
+    if constexpr (MR == limit || MR % 2 == 0 || MR == 1) set.fn[MR] = product<bytes, W, P, Tail, MR>;
     set.max = MR;
-    fill_products<W, P, MR + 1>(set);
+    fill_products<W, P, Tail, MR + 1>(set);
     if (!set.fn[MR]) set.fn[MR] = set.fn[MR + 1];
   }
 }
 
-template <int W, int P>
+template <int W, int P, bool Tail>
 static const ProductSet& products() {
   static const ProductSet set = [] {
     ProductSet s{};
-    fill_products<W, P, 1>(s);
+    fill_products<W, P, Tail, 1>(s);
     return s;
   }();
   return set;
@@ -288,24 +289,26 @@ static void transform_block(const TapConv& p, const TileBlocks& t, const Channel
   s.pixel_begin[count] = pixels;
 }
 
-template <int M, int W, int P>
+template <int M, int W, int P, bool Tail = false>
 static void run_products(const TapConv& p, const TileBlocks& t, const ChannelBlocks& cb, int64_t first, int64_t count,
                          int64_t panel, const WinogradScratch& s) {
   constexpr int points = (M + 2) * (M + 2), width = W * P;
-  const ProductSet& set = products<W, P>();
+  const ProductSet& set = products<W, P, Tail>();
   const int64_t group_rows = tile_groups(count).rows;
   const int64_t channels = p.in_begin[1], depth = points * channels, first_output = panel * kPanel;
   const float* weight = static_cast<const float*>(p.weight) + first_output * depth;
-  for (int point = 0; point < points; ++point, weight += channels * W)
+  for (int point = 0; point < points; ++point, weight += channels * W) {
+    const int64_t to_next = kPanel * depth - (Tail ? point * channels * 8 : 0);  // a tail is half as long per point
     for (int64_t begin = 0; begin < count; begin += group_rows) {
       const int64_t used = std::min<int64_t>(group_rows, count - begin), calls = (used + set.max - 1) / set.max;
       const float* a = s.inputs + begin / group_rows * cb.group + point * cb.point;
       for (int64_t c = 0; c < calls; ++c) {
         const int64_t row = used * c / calls, size = used * (c + 1) / calls - row;
-        set.fn[size](a + row * kChannelBlock, cb, weight, kPanel * depth, s.products + ((begin + row) * points + point) * width,
+        set.fn[size](a + row * kChannelBlock, cb, weight, to_next, s.products + ((begin + row) * points + point) * width,
                      points * width);
       }
     }
+  }
   const int64_t outputs = std::min<int64_t>(width, p.out_begin[1] - first_output);
   const bool consecutive = is_run(p.out_channel + first_output, outputs);
   const bool dense = consecutive && p.out.c == 1;
@@ -357,6 +360,10 @@ static void winograd_tiles(const TapConv& p, const Env& env) {
     int64_t panel = begin;
     if constexpr (LP_REGISTERS == 32)
       for (; panel + 2 <= std::min(end, full); panel += 2) run_products<M, 16, 2>(p, t, cb, first, count, panel, s);
+    if (kTailBeside && panel + 2 == end && end > full) {
+      run_products<M, 16, kTailBeside ? 2 : 1, kTailBeside>(p, t, cb, first, count, panel, s);
+      panel = end;
+    }
     for (; panel < std::min(end, full); ++panel) run_products<M, 16, 1>(p, t, cb, first, count, panel, s);
     if (panel < end) run_products<M, 8, 1>(p, t, cb, first, count, panel, s);
   });
