@@ -12,7 +12,7 @@ void compact_forward_cuda(const CompactForward&, const Env&, void* stream);
 void pack_cuda(const View& weight, DType dtype, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw,
                int64_t groups, void* packed, void* stream);
 void pack_tensor_cuda(const View& weight, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw, int lanes,
-                      bool depthwise, float* packed, int64_t size, void* stream);
+                      bool depthwise, float* packed, int64_t gap, int64_t size, void* stream);
 #else
 template <class... Args>
 void masked_forward_cuda(const Args&...) {}

@@ -84,10 +84,12 @@ Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups, const std::strin
   const int64_t direct = packed_size(w.size(0), w.size(1), w.size(2) * w.size(3), groups);
   const int lanes = parse_lanes(op, algorithm, weight, groups);
   const bool depthwise = cuda::is_depthwise(w.size(0), w.size(1), groups);
-  const int64_t transformed =
-      tile != 0    ? packed_size(w.size(0), w.size(1), (tile + 2) * (tile + 2), 1)
-      : lanes != 0 ? cuda::tensor_weight_size(w.size(0), w.size(1), w.size(2) * w.size(3), depthwise) + (lanes == 8 ? 1 : 2)
-                   : 0;
+  const int64_t taps = w.size(2) * w.size(3);
+  const int64_t gap = lanes == 0 ? 0 : cuda::tensor_weight_begin(w.size(0), w.size(1), taps, groups) - direct;
+  const int64_t transformed = tile != 0 ? packed_size(w.size(0), w.size(1), (tile + 2) * (tile + 2), 1)
+                              : lanes != 0
+                                  ? gap + cuda::tensor_weight_size(w.size(0), w.size(1), taps, depthwise) + (lanes == 8 ? 1 : 2)
+                                  : 0;
   Tensor packed = torch::stable::empty(Sizes{direct + transformed}, type, std::nullopt, w.device());
   const DType dtype = storage_type(type);
   Scratch scratch(w);
@@ -96,7 +98,7 @@ Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups, const std::strin
     pack_cuda(view_of(w), dtype, w.size(0), w.size(1), w.size(2), w.size(3), groups, packed.data_ptr(), current_stream(w));
     if (lanes != 0)
       pack_tensor_cuda(view_of(w), w.size(0), w.size(1), w.size(2), w.size(3), lanes, depthwise,
-                       static_cast<float*>(packed.data_ptr()) + direct, transformed, current_stream(w));
+                       static_cast<float*>(packed.data_ptr()) + direct, gap, transformed, current_stream(w));
   } else {
     pack_cpu(view_of(w), dtype, w.size(0), w.size(1), w.size(2), w.size(3), groups, packed.data_ptr(), scratch.env());
     if (tile != 0)
@@ -171,13 +173,15 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
   f.lanes = in_rows ? lanes : 0;
   f.y_has_room = padded;
   std::optional<Tensor> weights;
-  if (cuda::tensor_cores_take(f)) {
+  if (in_rows) {
     weights = packed.scalar_type() == x.scalar_type() ? torch::stable::contiguous(packed)
                                                       : torch::stable::to(packed, x.scalar_type());
     const int64_t element = x.scalar_type() == ScalarType::Float ? 4 : 2;
-    f.tensor_weight = static_cast<const char*>(weights->data_ptr()) + element * size;
+    f.tensor_weight = static_cast<const char*>(weights->data_ptr()) +
+                      element * cuda::tensor_weight_begin(s.outputs, per_group, s.kh * s.kw, s.groups);
     f.bias_is_float = shift && shift->scalar_type() == ScalarType::Float;
-  } else {
+  }
+  if (!in_rows || !cuda::tensor_cores_take(f)) {
     f.lanes = 0;
     weights = in_compute_type(packed);
     if (shift && shift->scalar_type() != type) shift = in_compute_type(*shift), f.bias = data_of(shift);

@@ -2,8 +2,8 @@
 
 Like Winograd weights they lie behind the direct layout, see :mod:`lightning_prune.ops.winograd`. Input channels come in
 chunks of ``lanes`` (16 bytes: 8 of a half type, 4 of float32 for tf32), in the order (tap, chunk, output, lane); channels and
-outputs are padded with zeros to multiples of 8. Depthwise weights, which use no tensor cores, are (tap, output). One (8
-lanes) or two (4 lanes) zeros more tell the size from a Winograd weight's.
+outputs are padded with zeros to multiples of 8. Depthwise weights, which use no tensor cores, are (tap, output) and begin at
+a multiple of 8 elements. One (8 lanes) or two (4 lanes) zeros more tell the size from a Winograd weight's.
 """
 
 from __future__ import annotations
@@ -55,13 +55,19 @@ def tensor_lanes(weight: Tensor, groups: int, algorithm: str) -> int:
     return 0
 
 
+def _gap(weight_shape: Sequence[int], groups: int) -> int:
+    """Zeros behind the direct layout, so that what follows begins at 16 bytes."""
+    outputs, _, height, width = weight_shape
+    return -(outputs * height * width) % 8 if _depthwise(weight_shape, groups) else 0
+
+
 def tensor_weight_size(weight_shape: Sequence[int], groups: int, lanes: int) -> int:
     """Elements behind the direct layout; 0 for 0 lanes."""
     if lanes == 0:
         return 0
     outputs, channels, height, width = weight_shape
     rows = 1 if _depthwise(weight_shape, groups) else _padded(channels)
-    return height * width * rows * _padded(outputs) + _MARK[lanes]
+    return _gap(weight_shape, groups) + height * width * rows * _padded(outputs) + _MARK[lanes]
 
 
 def carried_lanes(size: int, direct: int, weight_shape: Sequence[int], groups: int) -> int:
@@ -78,7 +84,8 @@ def tensor_weight(weight: Tensor, groups: int, lanes: int) -> Tensor:
     padded = weight.new_zeros(_padded(outputs), rows, height * width)
     padded[:outputs, :channels] = weight.flatten(2)
     chunks = padded.view(_padded(outputs), -1, min(lanes, rows), height * width).permute(3, 1, 0, 2)
-    return torch.cat([chunks.reshape(-1), weight.new_zeros(_MARK[lanes])])
+    gap = weight.new_zeros(_gap(weight.shape, groups))
+    return torch.cat([gap, chunks.reshape(-1), weight.new_zeros(_MARK[lanes])])
 
 
 def rows_of_channels(x: Tensor) -> bool:

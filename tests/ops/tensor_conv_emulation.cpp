@@ -73,6 +73,10 @@ extern "C" int carried_lanes(int64_t size, int64_t outputs, int64_t channels, in
   return tensor_lanes(size, outputs, channels, taps, groups);
 }
 
+extern "C" int64_t weight_begin(int64_t outputs, int64_t channels, int64_t taps, int64_t groups) {
+  return tensor_weight_begin(outputs, channels, taps, groups);
+}
+
 extern "C" void convert(int dtype, const float* values, int64_t count, uint16_t* bits, float* back) {
   for (int64_t i = 0; i < count; ++i) {
     bits[i] = dtype == 2 ? Bf16::save(values[i]) : F16::save(values[i]);

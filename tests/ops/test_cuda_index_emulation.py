@@ -41,7 +41,17 @@ def compiled(source: str, *more: str) -> ctypes.CDLL:
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}.tmp")
-        flags = ["-O2", "-std=c++17", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+        flags = [
+            "-O2",
+            "-fsanitize=alignment",
+            "-fsanitize-undefined-trap-on-error",
+            "-std=c++17",
+            "-Wall",
+            "-Werror",
+            "-Wno-unknown-pragmas",
+            "-shared",
+            "-fPIC",
+        ]
         command = [
             compiler,
             *flags,

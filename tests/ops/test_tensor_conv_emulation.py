@@ -27,6 +27,8 @@ def emulator() -> ctypes.CDLL:
     library = compiled("tensor_conv_emulation.cpp", "simt_emulation.h")
     library.choose.argtypes = [*[ctypes.c_int64] * 3, ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     library.carried_lanes.argtypes = [ctypes.c_int64] * 5
+    library.weight_begin.argtypes = [ctypes.c_int64] * 4
+    library.weight_begin.restype = ctypes.c_int64
     return library
 
 
@@ -81,7 +83,12 @@ def emulate(emulator: ctypes.CDLL, case: Case) -> tuple[torch.Tensor, torch.Tens
     terms = case.inputs // case.groups * case.kernel[0] * case.kernel[1]
     weight = randn(case.outputs, case.inputs // case.groups, *case.kernel) / terms**0.5
     lanes = 4 if case.dtype == torch.float32 else 8
-    packed = tensor_cores.tensor_weight(weight, case.groups, lanes)
+    direct = reference.pack_conv2d_weight(weight, case.groups).to(case.dtype)
+    packed = torch.cat([direct, tensor_cores.tensor_weight(weight, case.groups, lanes)])
+    taps = case.kernel[0] * case.kernel[1]
+    begin = emulator.weight_begin(case.outputs, case.inputs // case.groups, taps, case.groups)
+    packed = packed[begin:]
+    assert packed.data_ptr() % 16 == 0
     # Spare lanes hold NaN: nothing of them may reach a result.
     x = laid_out(randn(case.batch, case.inputs, *case.size), "padded")
     bias = randn(case.outputs) if case.bias else None

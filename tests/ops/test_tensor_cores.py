@@ -39,7 +39,9 @@ def test_layout_holds_every_weight_once() -> None:
         for o, c, tap in [(0, 0, 0), (4, 10, 5), (2, 7, 3)]:
             assert chunks[tap, c // lanes, o, c % lanes] == weight[o, c, tap // 3, tap % 3]
     deep = torch.arange(1.0, 11 * 9 + 1).view(11, 1, 3, 3)
-    rows = tensor_cores.tensor_weight(deep, 11, 8)[:-1].view(9, 16)
+    behind = tensor_cores.tensor_weight(deep, 11, 8)
+    assert not behind[:5].any()  # 99 elements of the direct layout, 5 to the next multiple of 8
+    rows = behind[5:-1].view(9, 16)
     assert torch.equal(rows[:, :11], deep.view(11, 9).T)
 
 

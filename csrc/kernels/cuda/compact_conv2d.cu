@@ -96,13 +96,13 @@ void pack_cuda(const View& weight, DType dtype, int64_t outputs, int64_t channel
 }
 
 void pack_tensor_cuda(const View& weight, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw, int lanes,
-                      bool depthwise, float* packed, int64_t size, void* stream) {
+                      bool depthwise, float* packed, int64_t gap, int64_t size, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t count = outputs * channels_per_group * kh * kw;
   cudaMemsetAsync(packed, 0, size_t(size) * sizeof(float), s);
   if (count > 0)
     cuda::pack_tensor_kernel<float><<<cuda::blocks(count, cuda::kThreads), cuda::kThreads, 0, s>>>(
-        weight, outputs, channels_per_group, kh, kw, lanes, depthwise, packed);
+        weight, outputs, channels_per_group, kh, kw, lanes, depthwise, packed + gap);
   cuda::check_launch("pack_conv2d_weight for tensor cores");
 }
 

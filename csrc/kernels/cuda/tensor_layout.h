@@ -24,12 +24,17 @@ LP_HD bool is_depthwise(int64_t outputs, int64_t channels_per_group, int64_t gro
   return groups > 1 && groups == outputs && channels_per_group == 1;
 }
 
+// Where they begin in the packed tensor: at 16 bytes, whatever the length of the direct layout (depthwise: any).
+LP_HD int64_t tensor_weight_begin(int64_t outputs, int64_t channels_per_group, int64_t taps, int64_t groups) {
+  return round_up(packed_size(outputs, channels_per_group, taps, groups), 8);
+}
+
 // What a packed tensor carries behind the direct layout: 8 or 4 lanes, or 0 for nothing. One or two more elements (zeros)
 // tell it from a Winograd weight, whose size is a multiple of 8.
 LP_HD int tensor_lanes(int64_t size, int64_t outputs, int64_t channels_per_group, int64_t taps, int64_t groups) {
   const bool depthwise = is_depthwise(outputs, channels_per_group, groups);
   if (groups != 1 && !depthwise) return 0;
-  const int64_t rest = size - packed_size(outputs, channels_per_group, taps, groups) -
+  const int64_t rest = size - tensor_weight_begin(outputs, channels_per_group, taps, groups) -
                        tensor_weight_size(outputs, channels_per_group, taps, depthwise);
   return rest == 1 ? 8 : rest == 2 ? 4 : 0;
 }

@@ -73,10 +73,10 @@ inline bool tensor_cores_take(const CompactForward& f) {
   const auto fits = [&](const View& v, int64_t height, int64_t width) {
     return !v.data || (v.h >= 0 && v.w >= 0 && v.h * height < limit && v.w * width < limit);
   };
-  return f.lanes > 0 && f.dtype != DType::f64 && s.channels > 0 && taps <= 256 && s.n * s.out_h * s.out_w < limit &&
-         s.height * s.width * round_up(s.channels, 8) < limit && taps * round_up(s.channels, 8) < limit / 16 &&
-         s.height < span && s.width < span && s.pad_h < span && s.pad_w < span && s.kh * s.dil_h < span &&
-         s.kw * s.dil_w < span && fits(f.x, s.height, s.width) && fits(f.y, s.out_h, s.out_w) &&
+  return f.lanes > 0 && reinterpret_cast<uintptr_t>(f.tensor_weight) % 16 == 0 && f.dtype != DType::f64 && s.channels > 0 &&
+         taps <= 256 && s.n * s.out_h * s.out_w < limit && s.height * s.width * round_up(s.channels, 8) < limit &&
+         taps * round_up(s.channels, 8) < limit / 16 && s.height < span && s.width < span && s.pad_h < span && s.pad_w < span &&
+         s.kh * s.dil_h < span && s.kw * s.dil_w < span && fits(f.x, s.height, s.width) && fits(f.y, s.out_h, s.out_w) &&
          fits(f.residual, s.out_h, s.out_w);
 }
 
