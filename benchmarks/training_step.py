@@ -45,7 +45,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument(
-        "--no-compile", action="store_true", help="without torch.compile (minutes per network)"
+        "--compile",
+        nargs="*",
+        type=float,
+        default=list(SHARES),
+        help="shares with torch.compile as a peer (slow)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="batch 8, three rounds, no torch.compile, nothing written"
@@ -145,7 +149,7 @@ def warm_up(label: str, step: Step) -> str | None:
 
 
 def measure(name: str, share: float, options: argparse.Namespace) -> dict[str, Any]:
-    variants = Variants(name, share, options.batch, compiled=not options.no_compile)
+    variants = Variants(name, share, options.batch, compiled=share in options.compile)
     failed = {label: error for label, step in variants.steps.items() if (error := warm_up(label, step))}
     for label in failed:
         del variants.steps[label]
@@ -204,7 +208,7 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
         "rounds": options.rounds,
         "batch": options.batch,
         "load_average": round(os.getloadavg()[0], 1),
-        "compiled_peers": not options.no_compile,
+        "torch.compile among the peers at": options.compile,
     }
 
 
@@ -212,7 +216,7 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
     if options.quick:
-        options.rounds, options.batch, options.no_compile, options.shares = 3, 8, True, [0.0, 0.5]
+        options.rounds, options.batch, options.compile, options.shares = 3, 8, [], [0.0, 0.5]
     facts = environment(options)
     rows: list[dict[str, Any]] = []
     for name in options.networks or NETWORKS:

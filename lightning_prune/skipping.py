@@ -23,21 +23,25 @@ from .fused_norms import FusedNorms
 from .gates.attach import IN_GATE, TAKES_GATES
 from .nn._convert import symmetric_padding
 from .ops.availability import can_run_masked_conv2d, extension_available
-from .timing import faster
+from .timing import fastest
 
 #: smaller convolutions (multiply-accumulates of one dense forward call) are left alone
 LEAST_MACS = 1_000_000
 
 
+#: Ways to compute one part of a convolution: by torch, by the compiled kernel over live channels, by it over all of them.
+PLAIN, SKIP, FULL = 0, 1, 2
+
+
 class Choice(NamedTuple):
-    """Which parts of a convolution the compiled kernel computes; the vendor's library does the others."""
+    """How each part of a convolution is computed."""
 
-    forward: bool
-    grad_x: bool
-    grad_weight: bool
+    forward: int
+    grad_x: int
+    grad_weight: int
 
 
-_PLAIN = Choice(False, False, False)
+_PLAIN = Choice(PLAIN, PLAIN, PLAIN)
 
 
 @dataclass
@@ -126,15 +130,19 @@ def _forward(
     gate: Tensor | None,
     live: Any,
     settings: Any,
-    compiled: bool = True,
+    way: int = SKIP,
 ) -> Tensor:
-    if not compiled:
+    if way == PLAIN:
         stride, padding, dilation, groups = settings
         return F.conv2d(x, _gated(weight, gate), bias, stride, padding, dilation, groups)
     result: Tensor = torch.ops.lightning_prune.masked_conv2d(
-        x, weight, bias, None, *live, *settings, "none", "auto", gate
+        x, weight, bias, None, *_lists(live, way), *settings, "none", "auto", gate
     )
     return result
+
+
+def _lists(live: Any, way: int) -> Any:
+    return live if way == SKIP else (None, None)
 
 
 def _backward(
@@ -146,15 +154,15 @@ def _backward(
     live: Any,
     settings: Any,
     needs: tuple[bool, ...],
-    compiled: bool = True,
+    way: int = SKIP,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight, bias and gate; whatever is not needed is not to be read."""
     if not any(needs):
         return grad, grad, grad, grad
     need_x, need_weight, need_bias, need_gate = needs
-    if compiled:
+    if way != PLAIN:
         found: tuple[Tensor, ...] = torch.ops.lightning_prune.masked_conv2d_backward(
-            grad, None, x, weight, bias, None, *live, *settings, "none",
+            grad, None, x, weight, bias, None, *_lists(live, way), *settings, "none",
             need_x, need_weight, need_bias, False, "auto", gate, need_gate,
         )  # fmt: skip
         return (*found[:3], found[4])
@@ -173,11 +181,11 @@ class DeadChannelSkipper:
 
     Two hooks on each convolution exchange its inner call for ``masked_conv2d``: Winograd for 3x3 at stride 1 in float32,
     and only over live channels once some are dead. The first batch, and the first after a tenth of a layer's work has died,
-    is computed both ways: forward, gradient of the input and gradient of the weight are chosen separately. What has won
-    once stays, since it only becomes cheaper. The plain call remains in evaluation while nothing is dead, under autocast, in
-    ``torch.compile``, under a dispatch mode (flop counters), for dtypes that the kernel does not take, with
-    ``torch.use_deterministic_algorithms`` (the choice depends on the clock, and rounding on the choice), and without the
-    compiled extension.
+    is computed every way: forward, gradient of the input and gradient of the weight are chosen separately. Once leaving
+    channels out has won it stays, since it only becomes cheaper. The plain call remains in evaluation while nothing is dead,
+    under autocast, in ``torch.compile``, under a dispatch mode (flop counters), for dtypes that the kernel does not take,
+    with ``torch.use_deterministic_algorithms`` (the choice depends on the clock, and rounding on the choice), and without
+    the compiled extension.
 
     Args:
         model: on its device; has hooks from now on, loses them in :meth:`detach`.
@@ -298,9 +306,9 @@ def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, gat
     key = (tuple(x.shape), x.dtype, needs, last, gate is None)
     decile = int(layer.share * 10)
     measured, choice = layer.verdicts.get(key, (11, _PLAIN))
-    if not all(choice) and decile < measured:
+    if choice != (SKIP, SKIP, SKIP) and decile < measured:
         found = _measure(layer, x, weight, bias, gate, needs)
-        choice = Choice(*(old or new for old, new in zip(choice, found, strict=True)))
+        choice = Choice(*(SKIP if old == SKIP else new for old, new in zip(choice, found, strict=True)))
         layer.verdicts[key] = (decile, choice)
     if any(choice):
         result: Tensor = _MaskedConv.apply(x, weight, bias, gate, layer, choice)
@@ -326,12 +334,14 @@ def _measure(
     bias, gate = (None if t is None else t.detach() for t in (bias, gate))
     arguments = (x, weight, bias, gate, (layer.live_in, layer.live_out), layer.settings)
     y = _forward(*arguments)
-    parts: list[Callable[[bool], Any] | None] = [lambda compiled: _forward(*arguments, compiled)]
+    # Leaving out a few channels can cost more than it saves: vectors have 8 or 16 of them.
+    ways = (PLAIN, FULL) if layer.share == 1.0 else (PLAIN, SKIP, FULL)
+    parts: list[Callable[[int], Any] | None] = [lambda way: _forward(*arguments, way)]
     for part in ((needs[0], False, False, False), (False, *needs[1:])):
         run = partial(_backward, y, *arguments, part)
         parts.append(run if any(part) else None)
-    # What nobody asks for counts as won: it is never computed and need not be measured again.
-    return Choice(*(run is None or faster(run, x.device) for run in parts))
+    # What nobody asks for is never computed and need not be measured again.
+    return Choice(*(SKIP if run is None else fastest(run, ways, x.device) for run in parts))
 
 
 def _layers(model: nn.Module, graph: ChannelGraph) -> list[_Layer]:
