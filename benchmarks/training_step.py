@@ -177,7 +177,7 @@ def measure(name: str, share: float, options: argparse.Namespace) -> dict[str, A
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| network | dead | ours, ms | best dense | ours is | best small | ours is | multiplied | ours is |",
+        "| network | dead | ours, ms | best dense | ratio | best small | ratio | multiplied | ratio |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -188,7 +188,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cells += ["", ""]
                 continue
             cells += [f"{row['milliseconds'][best]:.1f} ({best.removeprefix(peer).strip() or 'nhwc'})"]
-            cells += [f"{row[f'vs_{peer}']:.2f} x faster"]
+            cells += [f"{row[f'vs_{peer}']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -224,10 +224,12 @@ def main() -> None:
             rows.append(measure(name, share, options))
             print(json.dumps(rows[-1]), flush=True)
             torch.compiler.reset()
-    text = table(rows)
-    print(text)
-    if options.quick:
-        return
+        if not options.quick:
+            write(rows, facts, options.out)
+    print(table(rows))
+
+
+def write(rows: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> None:
     notes = [
         "# A training step on one CPU thread\n",
         "Forward, loss, backward and SGD with momentum. Ours: the full-size network, a learned gate on every channel, dead "
@@ -236,9 +238,9 @@ def main() -> None:
         *(f"- {key}: {value}" for key, value in facts.items() if key != "features"),
         "",
     ]
-    write_atomically(options.out / "training_step.md", ("\n".join(notes) + "\n" + text + "\n").encode())
+    write_atomically(folder / "training_step.md", ("\n".join(notes) + "\n" + table(rows) + "\n").encode())
     content = {"environment": facts, "rows": rows}
-    write_atomically(options.out / "training_step.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(folder / "training_step.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
