@@ -13,6 +13,7 @@ take turns. One thread: process CPU time; two threads: wall time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -34,6 +35,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--isa", choices=["native", "avx2"], default="native")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--seconds", type=float, default=540.0, help="fewer rounds, at least 5, where this is not met"
+    )
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--batches", type=int, nargs="*", default=[8, 1])
     parser.add_argument(
@@ -107,12 +111,21 @@ class Worker:
         return cpu, wall
 
     def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.process.join(5)
         self.process.kill()
         self.process.join()
 
 
 def measure(
-    context: Any, name: str, folder: Path, batch: int, threads: int, options: argparse.Namespace
+    context: Any,
+    name: str,
+    folder: Path,
+    batch: int,
+    threads: int,
+    options: argparse.Namespace,
+    deadline: float,
 ) -> dict[str, Any]:
     """Median seconds per runtime and variant, ratios, errors."""
     import torch
@@ -162,6 +175,9 @@ def measure(
     order = random.Random(0)
     rounds = 5 if options.quick else options.rounds
     for number in range(rounds):
+        if number >= 5 and time.time() > deadline:
+            rounds = number
+            break
         turns = [
             (w, v)
             for w in workers
@@ -247,13 +263,14 @@ def main() -> None:
     from lightning_prune.files import write_atomically
 
     begin = time.time()
+    names = [n for n in NETWORKS if not options.networks or any(part in n for part in options.networks)]
+    threads_of = options.threads[:1] if options.quick else options.threads
+    share = options.seconds / max(1, len(names) * len(options.batches) * len(threads_of))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cpu_network_peers", "networks"])
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        for name in NETWORKS:
-            if options.networks and not any(part in name for part in options.networks):
-                continue
+        for name in names:
             folder = Path(temporary) / name
             folder.mkdir()
             pruned = prune(name)
@@ -261,8 +278,9 @@ def main() -> None:
                 torch.save(getattr(pruned, variant), folder / f"{variant}.pt")
             del pruned
             for batch in options.batches:
-                for threads in options.threads[:1] if options.quick else options.threads:
-                    row = measure(context, name, folder, batch, threads, options)
+                for threads in threads_of:
+                    deadline = begin + share * (len(rows) + 1)
+                    row = measure(context, name, folder, batch, threads, options, deadline)
                     rows.append(row)
                     print(f"[{time.time() - begin:.0f} s]", table([row]).splitlines()[-1], flush=True)
                     print(json.dumps(row["milliseconds"]), row["failed"] or "", flush=True)
