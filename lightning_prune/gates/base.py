@@ -30,8 +30,8 @@ class Gates(ABC):
     """Learns one saliency per channel during the learn phase.
 
     A subclass has parameters of shape [num_channels] (possibly none), says what each channel is multiplied by, and how
-    much of it is still there. The base class steps the parameters with Adam on the loss alone, then calls
-    :meth:`shrink` for the penalty: separate steps keep the result independent of the loss's scale.
+    much of it is still there. The base class steps the parameters with Adam (:meth:`make_optimizer`) on the loss alone, then
+    calls :meth:`shrink` for the penalty: separate steps keep the result independent of the loss's scale.
 
     Args:
         model: the network, for methods that read its weights; hooks are added only by :meth:`attach`.
@@ -68,7 +68,7 @@ class Gates(ABC):
         self.soft = False
         self._parameters = self.build()
         moving = list(self._parameters.values())
-        self.optimizer = torch.optim.Adam(moving, lr=lr, weight_decay=0.0) if moving else None
+        self.optimizer = self.make_optimizer(moving) if moving else None
         self._hooks = GateHooks(model, graph, self.effective)
 
     # ---- what a method defines -------------------------------------------------------------------------------------
@@ -80,6 +80,10 @@ class Gates(ABC):
     def build(self) -> dict[str, nn.Parameter]:
         """Create the parameters, each of shape [num_channels]."""
         return {}
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """What steps the parameters on the loss: Adam without weight decay."""
+        return torch.optim.Adam(parameters, lr=self.lr, weight_decay=0.0)
 
     def multipliers(self, training: bool = True) -> Tensor:
         """What each channel is multiplied by in a forward call, shape [num_channels]."""

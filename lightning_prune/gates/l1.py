@@ -6,20 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from .base import Gates, learned
+from .optim import SharedScaleAdam
 
 
 @learned("l1")
 class L1Gates(Gates):
-    """One gate ``b`` per channel, starting at 1, trained with Adam on the loss and a soft threshold after each step.
+    """One gate ``b`` per channel, starting at 1, stepped on the loss and soft-thresholded after each step.
 
-    Adam's step is scale-free in the loss, and the threshold ``lr * strength`` acts in the same unit: a gate shrinks unless
-    the loss pulls it up in more than a fraction ``strength`` of its steps.
+    Steps are measured in the root mean square of all gates' gradients (:class:`~lightning_prune.gates.optim.SharedScaleAdam`):
+    free of the loss's scale, yet a gate that matters ten times as much resists a ten times higher price. The threshold
+    ``lr * strength`` acts in the same unit, so that a gate shrinks where ``|dL/db|`` is below ``strength`` times that mean.
     """
 
     def build(self) -> dict[str, nn.Parameter]:
         """The gates themselves."""
         self.values = nn.Parameter(torch.ones(self.trainable.shape[0], device=self.trainable.device))
         return {"values": self.values}
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """One scale for all gates, so that their gradients remain comparable."""
+        return SharedScaleAdam(parameters, lr=self.lr)
 
     def multipliers(self, training: bool = True) -> Tensor:
         """``b``."""
