@@ -29,9 +29,6 @@ from .scope import fixed_shares, group_factors
 #: chooses a mask: (saliency, bool mask of channels that may stay, progress of the learn phase) -> bool mask
 Choose = Callable[[np.ndarray, Mask, float], Mask]
 
-#: how strongly a channel's price weighs in its penalty
-PRICE_EXPONENT = 0.5
-
 
 def default_gate_lr(steps: int) -> float:
     """Gates must be able to travel from 1 to 0 several times within the learn phase of ``steps`` optimizer steps."""
@@ -142,7 +139,9 @@ class MaskLearner:
         price = self.cost.marginal(mask.astype(np.float64)) * self._live_share(mask)
         free = self.trainable & mask
         mean = price[free].mean() if free.any() else 1.0
-        relative = np.clip((price / max(mean, 1e-30)) ** PRICE_EXPONENT, 0.1, 10.0) * (self._share == 1.0)
+        relative = np.clip((price / max(mean, 1e-30)) ** gates.price_exponent, 0.1, 10.0) * (
+            self._share == 1.0
+        )
         relative = relative * self._factor
         gates.update(torch.from_numpy(self.strength * relative).float().to(gates.dead.device))
         self.done += 1

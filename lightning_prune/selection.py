@@ -51,15 +51,16 @@ def select_channels(
     *,
     min_channels: int = 1,
     round_to: int = 1,
-    cost_aware: float = 0.0,
+    cost_aware: float = 0.5,
     eligible: Mask | None = None,
     protected: Mask | None = None,
     removable: Mask | None = None,
 ) -> Mask:
     """Keep the most salient channels whose cost is at most ``target * cost.dense``, and as close to it as possible.
 
-    Removes the channels with the lowest ``saliency / marginal_cost**cost_aware`` in small rounds, pricing anew after each
-    (a layer's channels get cheaper as its neighbours shrink); then puts back, most salient first, whatever still fits; and,
+    Removes the channels with the lowest ``saliency / price**cost_aware`` in small rounds, pricing anew after each (a layer's
+    channels get cheaper as its neighbours shrink). The price is the marginal cost times the square of the live share of the
+    group: what a layer has left matters the more, the less it is, which no saliency of single channels tells. Then puts back, most salient first, whatever still fits; and,
     where more than 1 % of a counted budget is still left, exchanges channels of different price.
 
     Args:
@@ -69,7 +70,7 @@ def select_channels(
         target: fraction of the dense cost to stay under, in (0, 1].
         min_channels: at least so many channels stay in every group.
         round_to: live widths are multiples of this (or the whole group).
-        cost_aware: 0 ranks by saliency alone, 1 by saliency per cost (the knapsack density).
+        cost_aware: 0 ranks by saliency alone; 1 by saliency per price, the knapsack density.
         eligible: bool mask of channels that may stay; others go first, unless ``min_channels`` needs them.
         protected: bool mask of channels that must stay (excluded layers).
         removable: bool mask of channels whose whole group may go (``branches.removable_branches``).
@@ -95,12 +96,15 @@ def select_channels(
     mask = np.ones(graph.num_channels, dtype=bool)
     if eligible is not None:
         mask = eligible | floor
+    group_of = graph.group_of()
     order_within = np.concatenate([np.argsort(_ranked(values[g.ids]), kind="stable") for g in graph.groups])
     while (now := cost.cost(mask)) > limit:
         candidates = np.flatnonzero(mask & ~floor)
         marginal = cost.marginal(mask)
-        price = np.maximum(marginal[candidates], 1e-12)
-        score = values[candidates] / price**cost_aware if cost_aware else values[candidates]
+        share = np.array([mask[group.ids].mean() for group in graph.groups])[group_of[candidates]]
+        price = np.maximum(marginal[candidates] / cost.dense * share**2, 1e-12) ** cost_aware
+        ranked = values[candidates]
+        score = np.where(ranked < 0, ranked * price, ranked / price)
         # ties (and the discarded channels at the bottom) go by rank within their group
         order = candidates[np.lexsort((-order_within[candidates], score))]
         savings = np.cumsum(np.maximum(marginal[order], 0.0))

@@ -47,6 +47,8 @@ class Gates(ABC):
     span: ClassVar[float] = 1.0
     #: whether a penalty drives channels to zero (otherwise the method only measures)
     penalised: ClassVar[bool] = True
+    #: how strongly a channel's price weighs in its penalty; 1 is what minimising loss plus lambda times cost asks for
+    price_exponent: ClassVar[float] = 0.5
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,8 @@ class L1Gates(Gates):
     free of the loss's scale, yet a gate that matters ten times as much resists a ten times higher price. The threshold
     ``lr * strength`` acts in the same unit, so that a gate shrinks where ``|dL/db|`` is below ``strength`` times that mean.
     """
+
+    price_exponent: ClassVar[float] = 1.0
 
     def build(self) -> dict[str, nn.Parameter]:
         """The gates themselves."""
