@@ -60,8 +60,9 @@ def select_channels(
 
     Removes the channels with the lowest ``saliency / price**cost_aware`` in small rounds, pricing anew after each (a layer's
     channels get cheaper as its neighbours shrink). The price is the marginal cost times the square of the live share of the
-    group: what a layer has left matters the more, the less it is, which no saliency of single channels tells. Then puts back, most salient first, whatever still fits; and,
-    where more than 1 % of a counted budget is still left, exchanges channels of different price.
+    group: what a layer has left matters the more, the less it is, which no saliency of single channels tells. Then puts
+    back, most salient first, whatever still fits; and, where more than 1 % of a counted budget is still left, exchanges
+    channels of different price.
 
     Args:
         graph: the traced network.
