@@ -25,6 +25,7 @@ from .criteria import saliency
 from .gates import LEARNED, CriterionGates, Gates, Measured
 from .gates.attach import consumer_channels
 from .scope import fixed_shares, group_factors
+from .selection import scarcity
 
 #: chooses a mask: (saliency, bool mask of channels that may stay, progress of the learn phase) -> bool mask
 Choose = Callable[[np.ndarray, Mask, float], Mask]
@@ -136,7 +137,7 @@ class MaskLearner:
         soft, hard = self.cost.cost(presence * self._share), self.cost.cost(mask * self._share)
         cost = ((1 - progress) * soft + progress * hard) / dense
         self.strength = self.controller.step(cost, aim)
-        price = self.cost.marginal(mask.astype(np.float64)) * self._live_share(mask)
+        price = self.cost.marginal(mask.astype(np.float64)) * scarcity(self.graph, mask)
         free = self.trainable & mask
         mean = price[free].mean() if free.any() else 1.0
         relative = np.clip((price / max(mean, 1e-30)) ** gates.price_exponent, 0.1, 10.0) * (
@@ -146,11 +147,6 @@ class MaskLearner:
         gates.update(torch.from_numpy(self.strength * relative).float().to(gates.dead.device))
         self.done += 1
         return self._snap(mask)
-
-    def _live_share(self, mask: Mask) -> np.ndarray:
-        """Live share of each channel's group: the thinner a layer already is, the less it is pressed further."""
-        shares = np.array([mask[g.ids].mean() for g in self.graph.groups])
-        return shares[self._group_of]
 
     def _choose_anew(self) -> bool:
         """Gradual pruning: the masks that the saliencies of the moment and the ramped budget ask for."""

@@ -43,6 +43,16 @@ def _ranked(values: Floats) -> npt.NDArray[np.int64]:
     return np.argsort(-values, kind="stable")
 
 
+def scarcity(graph: ChannelGraph, mask: Mask) -> Floats:
+    """The square of the live share of each channel's group, shape [num_channels]; it multiplies what a channel costs.
+
+    What a layer has left matters the more, the less it is, which no saliency of single channels tells: without this, the most
+    expensive groups (residual streams, the first layers) lose everything.
+    """
+    shares = np.array([mask[group.ids].mean() for group in graph.groups])
+    return shares[graph.group_of()] ** 2
+
+
 def select_channels(
     graph: ChannelGraph,
     saliency: Floats,
@@ -59,9 +69,8 @@ def select_channels(
     """Keep the most salient channels whose cost is at most ``target * cost.dense``, and as close to it as possible.
 
     Removes the channels with the lowest ``saliency / price**cost_aware`` in small rounds, pricing anew after each (a layer's
-    channels get cheaper as its neighbours shrink). The price is the marginal cost times the square of the live share of the
-    group: what a layer has left matters the more, the less it is, which no saliency of single channels tells. Then puts
-    back, most salient first, whatever still fits; and, where more than 1 % of a counted budget is still left, exchanges
+    channels get cheaper as its neighbours shrink). The price is the marginal cost times :func:`scarcity`. Then puts back, most
+    salient first, whatever still fits; and, where more than 1 % of a counted budget is still left, exchanges
     channels of different price.
 
     Args:
@@ -97,13 +106,12 @@ def select_channels(
     mask = np.ones(graph.num_channels, dtype=bool)
     if eligible is not None:
         mask = eligible | floor
-    group_of = graph.group_of()
     order_within = np.concatenate([np.argsort(_ranked(values[g.ids]), kind="stable") for g in graph.groups])
     while (now := cost.cost(mask)) > limit:
         candidates = np.flatnonzero(mask & ~floor)
         marginal = cost.marginal(mask)
-        share = np.array([mask[group.ids].mean() for group in graph.groups])[group_of[candidates]]
-        price = np.maximum(marginal[candidates] / cost.dense * share**2, 1e-12) ** cost_aware
+        fair = marginal * scarcity(graph, mask) / cost.dense
+        price = np.maximum(fair[candidates], 1e-12) ** cost_aware
         ranked = values[candidates]
         score = np.where(ranked < 0, ranked * price, ranked / price)
         # ties (and the discarded channels at the bottom) go by rank within their group
