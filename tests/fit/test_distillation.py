@@ -48,7 +48,7 @@ def by_hand(
     x = toy_data(2).tensors[0].double()
     student = mask_channels(copy.deepcopy(module).double(), x, plan).train()
     live = [(p != 0).double() if p.dim() > 1 else None for p in student.parameters()]
-    removed = {name: torch.tensor(ids) for name, ids in plan.removed.items()}
+    removed = {name: torch.tensor(ids, dtype=torch.long) for name, ids in plan.removed.items()}
     for _ in range(epochs):
         for i, (x, y) in enumerate(loader()):
             logits = student(x.double())

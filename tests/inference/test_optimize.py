@@ -160,7 +160,7 @@ def test_copies_files_and_state(name: str, backend: str, monkeypatch: pytest.Mon
     torch.save(fast, buffer)
     buffer.seek(0)
     assert torch.equal(run(torch.load(buffer, weights_only=False))[0], expected)
-    if fast.memory_format == other.memory_format:
+    if fast.state_dict().keys() == other.state_dict().keys():  # the clock chose the same layers for both
         assert not torch.allclose(run(other)[0], expected)
         other.load_state_dict(fast.state_dict())
         assert torch.equal(run(other)[0], expected)
