@@ -59,7 +59,7 @@ class ChannelPruning(pl.Callback):
         weight_l1 / weight_l2: penalties on the weights of pruned layers while learning, so that they do not grow to make
             up for shrinking gates (in addition to the user's weight decay, which never reaches the gates).
         sphere: hold every filter at the norm it had when learning began (He et al. 2017).
-        gate_lr: Adam's rate for the gates; by default from the number of steps in the learn phase.
+        gate_lr: learning rate of the gates; by default from the number of steps in the learn phase.
         snap_threshold: a gate whose magnitude falls to this is set to zero for good, its channel's weights too.
         method_options: further arguments of the method, see its class in ``lightning_prune.gates``.
         ratios: ``{module name or regular expression: share of channels to keep}`` for single layers; the budget governs
