@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_prune.experiments import Estimate, Setting, paired_difference
@@ -96,47 +96,44 @@ def _network(
         )
         + ".",
         "",
-        "| method | "
-        + " | ".join(f"{t:.0%} of the MACs | {DEFAULT_METHOD} minus this" for t in targets)
-        + " |",
-        "|---|" + "---|" * 2 * len(targets),
     ]
     gaps = {(c["method"], c["target"]): c for c in checked if c["network"] == network}
+    accuracies = _table(
+        each,
+        targets,
+        [f"{t:.0%} of the MACs | {DEFAULT_METHOD} minus this" for t in targets],
+        lambda row: [row.accuracy.percent(), _gap(gaps.get((row.method, row.target)))],
+    )
+    costs = _table(
+        each,
+        targets,
+        [f"{t:.0%}: MACs, params | epochs | seconds" for t in targets],
+        lambda row: [
+            f"{row.macs_share.mean:.1%}, {row.params_share.mean:.1%}",
+            f"{row.epochs:.0f}",
+            f"{row.seconds.mean:.0f}",
+        ],
+    )
+    title = "MACs and parameters that are left, epochs, CPU seconds of a fit (the shared warmup included):"
+    return [*lines, *accuracies, "", title, "", *costs, ""]
+
+
+def _table(
+    each: Mapping[str, Sequence[Row]],
+    targets: Sequence[float],
+    titles: Sequence[str],
+    cells: Callable[[Row], list[str]],
+) -> list[str]:
+    """A line per method but the dense one; ``cells`` of its row at each target, as many as the title has columns."""
+    columns = titles[0].count("|") + 1
+    lines = ["| method | " + " | ".join(titles) + " |", "|---|" + "---|" * columns * len(targets)]
     for name, group in each.items():
         if group[0].method == "dense":
             continue
-        cells = []
-        for target in targets:
-            row = next((r for r in group if r.target == target), None)
-            gap = gaps.get((group[0].method, target))
-            cells += [row.accuracy.percent() if row else "", _gap(gap)]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "MACs and parameters that are left, epochs, CPU seconds of a fit (the shared warmup included):",
-        "",
-    ]
-    lines += [
-        "| method | " + " | ".join(f"{t:.0%}: MACs, params | epochs | seconds" for t in targets) + " |",
-        "|---|" + "---|" * 3 * len(targets),
-    ]
-    for name, group in each.items():
-        if group[0].method == "dense":
-            continue
-        cells = []
-        for target in targets:
-            row = next((r for r in group if r.target == target), None)
-            cells += (
-                [
-                    f"{row.macs_share.mean:.1%}, {row.params_share.mean:.1%}",
-                    f"{row.epochs:.0f}",
-                    f"{row.seconds.mean:.0f}",
-                ]
-                if row
-                else ["", "", ""]
-            )
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        at = {row.target: row for row in group}
+        found = [cells(at[target]) if target in at else [""] * columns for target in targets]
+        lines.append(f"| {name} | " + " | ".join(cell for some in found for cell in some) + " |")
+    return lines
 
 
 def _gap(claim: Mapping[str, Any] | None) -> str:

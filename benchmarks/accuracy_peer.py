@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from lightning_prune.experiments import Setting, Trial, TrialResult, run_trial
-from lightning_prune.experiments.runner import Fit, quiet, seed_data, shared_warmup
+from lightning_prune.experiments.runner import Fit, seed_data, shared_warmup
 from lightning_prune.profiling import profile
+from lightning_prune.quiet import quiet
 
 METHOD = "group_norm"
 REG = 5e-4

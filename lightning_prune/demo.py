@@ -7,11 +7,8 @@ number in the tables is measured in this run on the test scans, which neither ne
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from .latency import compare_latency, cpu_threads, evaluating
 from .models import ArticleNet, Classifier
 from .plots import plot_filters, plot_gates, plot_samples
 from .profiling import profile
+from .quiet import quiet
 from .report import VARIANTS, comparison_table, mean_and_spread, widths_table, write_json
 
 
@@ -98,24 +96,6 @@ class _EpochBar(L.Callback):
         accuracy = trainer.callback_metrics.get("val_acc")
         note = "" if accuracy is None else f"validation {100 * float(accuracy):.1f} %"
         self._progress.update(self._bar, advance=1, note=note)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning's advice (worker processes, loggers) is not about this run; errors still come through."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
-        warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _fit(lit: Classifier, data: L.LightningDataModule, epochs: int, callbacks: list[L.Callback]) -> float:
@@ -336,7 +316,7 @@ def run_demo(
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with _quiet(), Progress(*columns, console=console) as progress:
+    with quiet(), Progress(*columns, console=console) as progress:
         for name in dict.fromkeys(datasets):
             task = tasks[name]
             where = folder / name

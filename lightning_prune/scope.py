@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -100,23 +100,27 @@ def protected_channels(
 
 def check_ratios(ratios: Mapping[str, float] | None) -> None:
     """Raise ValueError unless every key is a pattern and every value a fraction in (0, 1]."""
-    for pattern, ratio in (ratios or {}).items():
-        check_patterns("ratios", pattern)
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 < ratio <= 1.0:
-            raise ValueError(
-                f"ratios[{pattern!r}] is the share of channels to keep and must be in (0, 1]; got {ratio!r}"
-            )
+    meaning = "is the share of channels to keep and must be in (0, 1]"
+    _check_numbers("ratios", ratios, meaning, lambda value: value <= 1.0)
 
 
 def check_factors(penalty_weights: Mapping[str, float] | None) -> None:
     """Raise ValueError unless every key is a pattern and every value a positive finite number."""
-    for pattern, factor in (penalty_weights or {}).items():
-        check_patterns("penalty_weights", pattern)
-        number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-        if not number or not 0.0 < factor < float("inf"):
-            raise ValueError(
-                f"penalty_weights[{pattern!r}] scales a penalty and must be a positive number; got {factor!r}"
-            )
+    meaning = "scales a penalty and must be a positive number"
+    _check_numbers("penalty_weights", penalty_weights, meaning, lambda value: value < float("inf"))
+
+
+def _check_numbers(
+    argument: str,
+    values: Mapping[str, float] | None,
+    meaning: str,
+    within: Callable[[float], bool],
+) -> None:
+    for pattern, value in (values or {}).items():
+        check_patterns(argument, pattern)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and value > 0.0 and within(value)):
+            raise ValueError(f"{argument}[{pattern!r}] {meaning}; got {value!r}")
 
 
 def group_factors(
@@ -127,11 +131,26 @@ def group_factors(
     Raises:
         TraceError: a pattern matches no prunable layer.
     """
-    factors = np.ones(graph.num_channels)
-    for pattern, factor in (penalty_weights or {}).items():
-        for group in _matching(graph, pattern, f"penalty_weights: {pattern!r}"):
-            factors[group.ids] = factor
-    return factors
+    return _per_channel(graph, "penalty_weights", penalty_weights)
+
+
+def fixed_shares(graph: ChannelGraph, ratios: Mapping[str, float] | None) -> npt.NDArray[np.float64]:
+    """Share of its group that is kept, per channel: 1 where no ratio is given. Later patterns override earlier ones.
+
+    Raises:
+        TraceError: a pattern matches no prunable layer.
+    """
+    return _per_channel(graph, "ratios", ratios)
+
+
+def _per_channel(
+    graph: ChannelGraph, argument: str, values: Mapping[str, float] | None
+) -> npt.NDArray[np.float64]:
+    result = np.ones(graph.num_channels)
+    for pattern, value in (values or {}).items():
+        for group in _matching(graph, pattern, f"{argument}: {pattern!r}"):
+            result[group.ids] = value
+    return result
 
 
 def fix_ratios(
@@ -154,16 +173,3 @@ def fix_ratios(
             eligible[group.ids] = False
             eligible[keep] = protected[keep] = True
     return eligible, protected
-
-
-def fixed_shares(graph: ChannelGraph, ratios: Mapping[str, float] | None) -> npt.NDArray[np.float64]:
-    """Share of its group that is kept, per channel: 1 where no ratio is given. Later patterns override earlier ones.
-
-    Raises:
-        TraceError: a pattern matches no prunable layer.
-    """
-    shares = np.ones(graph.num_channels)
-    for pattern, ratio in (ratios or {}).items():
-        for group in _matching(graph, pattern, f"ratios: {pattern!r}"):
-            shares[group.ids] = ratio
-    return shares

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import os
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from ..fit import PruningFit
 from ..init import from_scratch
 from ..latency import evaluating
 from ..profiling import profile
+from ..quiet import quiet
 from .trials import FROM_SCRATCH, Data, ExperimentModule, Setting, Trial, TrialResult
 
 
@@ -62,28 +60,6 @@ class FitClock(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         self.seconds = float(state_dict["seconds"])
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning's advice (worker processes, loggers) is not about these runs; errors still come through."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for message in (
-            "does not have many workers",
-            "LeafSpec",
-            "smaller than the logging",
-            "no `val_dataloader`",
-        ):
-            warnings.filterwarnings("ignore", message=f".*{message}.*")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..nn import CompactConv2d
 from ..ops import ACTIVATIONS
+from .rewrite import Rewrite
 
 #: fewer layers than this gain too little
 MIN_STEPS = 3
@@ -283,30 +284,11 @@ def _known(node: fx.Node) -> Shape:
 def _replaced(
     network: fx.GraphModule, runs: list[list[fx.Node]], segments: list[CompactSegment]
 ) -> nn.Module:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(network.graph, copies)
-    graph.output(output)
-    root: dict[str, Any] = {}
+    rewrite = Rewrite(network)
     for number, (run, segment) in enumerate(zip(runs, segments, strict=True)):
-        name = f"segment_{number}"
-        root[name] = segment
         source = next(n for n in run[0].all_input_nodes if n not in run)
-        last = copies[run[-1]]
-        with graph.inserting_before(copies[run[0]]):
-            call = graph.call_module(name, (copies[source],))
-        last.replace_all_uses_with(call)
-        for node in reversed(run):
-            graph.erase_node(copies[node])
-        copies[run[-1]] = call
-    for node in graph.nodes:
-        if node.op in ("call_module", "get_attr") and node.target not in root:
-            value: Any = network
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            root[str(node.target)] = value
-    graph.lint()
-    return fx.GraphModule(root, graph, type(network).__name__).eval()
+        rewrite.replace(run, [source], f"segment_{number}", segment)
+    return rewrite.module()
 
 
 __all__ = ["CompactSegment", "in_segments"]

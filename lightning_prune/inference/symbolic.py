@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..inputs import ExampleInputs
 from ..nn._convert import activation_name
+from .rewrite import Rewrite, attribute
 from .sites import ConvSite, foldable, fusable, plain
 
 _FUNCTIONS: dict[Any, str] = {
@@ -145,7 +146,7 @@ class SymbolicBlueprint:
     def _tensor(self, node: Any) -> Tensor | None:
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
-        value = _attribute(self._module, str(node.target))
+        value = attribute(self._module, str(node.target))
         return value if isinstance(value, Tensor) else None
 
     def _activation(self, node: fx.Node | None) -> str | None:
@@ -173,38 +174,13 @@ class SymbolicBlueprint:
 
     def build(self, modules: list[nn.Module]) -> nn.Module:
         """See :class:`lightning_prune.inference.sites.Blueprint`."""
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        output = graph.graph_copy(self._module.graph, copies)
-        if any(n.op == "output" for n in self._module.graph.nodes):
-            graph.output(output)
-        root: dict[str, Any] = {}
+        rewrite = Rewrite(self._module)
         for number, (module, (span, residual)) in enumerate(zip(modules, self._spans, strict=True)):
+            source = span[0].args[0]
+            assert isinstance(source, fx.Node)
             name = f"fused_{number}_" + str(span[0].target).replace(".", "_")
-            root[name] = module
-            first, last = copies[span[0]], copies[span[-1]]
-            arguments: tuple[Any, ...] = (first.args[0],)
-            if residual is not None:
-                arguments += (copies[residual],)
-            with graph.inserting_before(last):
-                fused = graph.call_module(name, arguments)
-            fused.meta = dict(last.meta)
-            last.replace_all_uses_with(fused)
-            for node in reversed(span):
-                graph.erase_node(copies[node])
-            copies[span[-1]] = fused
-        for node in graph.nodes:
-            if node.op in ("call_module", "get_attr") and node.target not in root:
-                root[str(node.target)] = _attribute(self._module, str(node.target))
-        graph.lint()
-        return fx.GraphModule(root, graph, type(self._module).__name__).eval()
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+            rewrite.replace(span, [source] if residual is None else [source, residual], name, module)
+        return rewrite.module()
 
 
 def _bind(model: nn.Module, inputs: ExampleInputs) -> tuple[dict[str, Any], dict[str, Any]]:
