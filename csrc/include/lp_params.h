@@ -61,14 +61,15 @@ LP_HD int64_t packed_offset(int64_t o, int64_t c, int64_t tap, int64_t outputs, 
   return g * width * depth + panel * kPanel * depth + (tap * channels_per_group + c) * lanes + local % kPanel;
 }
 
-// Behind the direct layout a packed 3x3 float32 weight may carry its Winograd transform, in the same panels with
-// (tile + 2)^2 points for taps. The size of a packed tensor says which: 0 (none), 2 or 4; -1 for a size that is none of these.
+// Behind the direct layout a packed 3x3 or 5x5 weight may carry its Winograd transform, in the same panels with
+// (tile + kernel - 1)^2 points for taps. The size of a packed tensor says which: 0 (none), 2, or for 3x3 4; -1 for a size that
+// is none of these.
 LP_HD int packed_tile(int64_t size, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw, int64_t groups) {
   const int64_t direct = packed_size(outputs, channels_per_group, kh * kw, groups);
   if (size == direct) return 0;
-  if (kh != 3 || kw != 3 || groups != 1) return -1;
-  if (size == direct + packed_size(outputs, channels_per_group, 16, 1)) return 2;
-  return size == direct + packed_size(outputs, channels_per_group, 36, 1) ? 4 : -1;
+  if ((kh != 3 && kh != 5) || kw != kh || groups != 1) return -1;
+  if (size == direct + packed_size(outputs, channels_per_group, (kh + 1) * (kh + 1), 1)) return 2;
+  return kh == 3 && size == direct + packed_size(outputs, channels_per_group, 36, 1) ? 4 : -1;
 }
 
 // What a CPU kernel needs from its caller: threads and scratch memory. `parallel` splits [0, n) over the caller's pool;
@@ -129,13 +130,15 @@ struct BatchNorm {
   void *grad_x, *grad_residual, *grad_weight, *grad_bias, *grad_gate;  // nullptr: not wanted
 };
 
-// act(scatter(conv + bias) + residual). `dtype` is that of x, residual, y; packed/bias are float32 (float64 for f64).
+// act(scatter(conv + bias) + residual). `dtype` is that of x, residual, y; packed and bias are float32 (float64 for f64), but
+// for `packed_is_half`.
 struct CompactForward {
   ConvShape shape;  // channels = conv inputs (length of in_index), outputs = conv outputs
   DType dtype;
   View x, residual, y;  // residual.data == nullptr: none
   const void* packed;
-  int tile;  // of the Winograd weights in `packed`; 0: none
+  bool packed_is_half;  // CPU: in the half type `dtype`, else float32
+  int tile;             // of the Winograd weights in `packed`; 0: none
   const void* bias;
   IndexList in_index, out_index;
   int64_t x_channels, y_channels;

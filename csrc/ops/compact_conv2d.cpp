@@ -27,25 +27,32 @@ DType storage_type(ScalarType t) {
                                      : DType::f32;
 }
 
-// "auto": the transform from as many channels as the direct kernels were slower (winograd.py has the same number).
+bool is_half(ScalarType t) { return t == ScalarType::BFloat16 || t == ScalarType::Half; }
+
+// "auto": the transform from as many channels as the direct kernels were slower; winograd.py has the same rules.
 int parse_algorithm(const char* op, const std::string& name, const Tensor& weight, int64_t groups) {
-  const bool fits = weight.size(2) == 3 && weight.size(3) == 3 && groups == 1 && !weight.is_cuda() &&
-                    weight.scalar_type() == ScalarType::Float;
-  if (name == "auto") return fits && weight.size(0) >= 12 && weight.size(1) >= 12 ? 4 : 0;
+  const int64_t kernel = weight.size(2);
+  const bool fits = (kernel == 3 || kernel == 5) && weight.size(3) == kernel && groups == 1 && !weight.is_cuda() &&
+                    weight.scalar_type() != ScalarType::Double;
+  const bool half = is_half(weight.scalar_type());
+  // Half storage rounds the transformed weight too, which only the small tile forgives.
+  if (name == "auto")
+    return !fits || weight.size(0) < 12 || weight.size(1) < 12 ? 0 : kernel == 5 ? (half ? 0 : 2) : half ? 2 : 4;
   if (name == "direct" || name == "tensor_core") return 0;
   if (name != "winograd2" && name != "winograd4")
     fail(op, ": algorithm must be one of auto, direct, winograd2, winograd4, tensor_core; got '", name, "'");
-  if (!fits)
-    fail(op, ": algorithm '", name, "' takes float32 weights of shape (O, C, 3, 3) on the CPU with groups=1; got ",
-         dtype_name(weight.scalar_type()), " of shape ", show_shape(weight), weight.is_cuda() ? " on CUDA" : "",
-         " with groups=", groups);
+  if (!fits || (name == "winograd4" && kernel != 3))
+    fail(op, ": algorithm '", name,
+         "' takes float32 or half weights of shape (O, C, 3, 3), winograd2 also (O, C, 5, 5), on the ",
+         "CPU with groups=1; got ", dtype_name(weight.scalar_type()), " of shape ", show_shape(weight),
+         weight.is_cuda() ? " on CUDA" : "", " with groups=", groups);
   return name == "winograd2" ? 2 : 4;
 }
 
 // Lanes of the weights behind the direct layout, or 0; tensor_cores.py has the same rule.
 int parse_lanes(const char* op, const std::string& name, const Tensor& weight, int64_t groups) {
   const ScalarType type = weight.scalar_type();
-  const bool half = type == ScalarType::Half || type == ScalarType::BFloat16;
+  const bool half = is_half(type);
   const bool depthwise = cuda::is_depthwise(weight.size(0), weight.size(1), groups);
   const bool fits = weight.is_cuda() && (groups == 1 || depthwise) && (half || type == ScalarType::Float);
   if (name == "tensor_core" && !fits)
@@ -86,7 +93,7 @@ Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups, const std::strin
   const bool depthwise = cuda::is_depthwise(w.size(0), w.size(1), groups);
   const int64_t taps = w.size(2) * w.size(3);
   const int64_t gap = lanes == 0 ? 0 : cuda::tensor_weight_begin(w.size(0), w.size(1), taps, groups) - direct;
-  const int64_t transformed = tile != 0 ? packed_size(w.size(0), w.size(1), (tile + 2) * (tile + 2), 1)
+  const int64_t transformed = tile != 0 ? packed_size(w.size(0), w.size(1), (tile + w.size(2) - 1) * (tile + w.size(3) - 1), 1)
                               : lanes != 0
                                   ? gap + cuda::tensor_weight_size(w.size(0), w.size(1), taps, depthwise) + (lanes == 8 ? 1 : 2)
                                   : 0;
@@ -102,7 +109,8 @@ Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups, const std::strin
   } else {
     pack_cpu(view_of(w), dtype, w.size(0), w.size(1), w.size(2), w.size(3), groups, packed.data_ptr(), scratch.env());
     if (tile != 0)
-      pack_winograd_cpu(view_of(w), w.size(0), w.size(1), tile, static_cast<float*>(packed.data_ptr()) + direct, scratch.env());
+      pack_winograd_cpu(view_of(w), w.size(0), w.size(1), int(w.size(2)), tile, static_cast<float*>(packed.data_ptr()) + direct,
+                        scratch.env());
   }
   return packed;
 }
@@ -183,7 +191,9 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
   }
   if (!in_rows || !cuda::tensor_cores_take(f)) {
     f.lanes = 0;
-    weights = in_compute_type(packed);
+    // The CPU's kernels convert half weights themselves: the part they use.
+    f.packed_is_half = !x.is_cuda() && is_half(packed.scalar_type()) && packed.scalar_type() == x.scalar_type();
+    weights = f.packed_is_half ? torch::stable::contiguous(packed) : in_compute_type(packed);
     if (shift && shift->scalar_type() != type) shift = in_compute_type(*shift), f.bias = data_of(shift);
   }
   f.packed = weights->data_ptr();

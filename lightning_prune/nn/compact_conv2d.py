@@ -149,8 +149,7 @@ class CompactConv2d(nn.Module):
         if weight.is_cuda:
             single = weight.dtype == torch.float32 and self.groups == 1
             return "tensor_core" if single and not self.exact and tf32_allowed() else "auto"
-        plain = tuple(self.stride) == (1, 1) and tuple(self.dilation) == (1, 1)
-        return "auto" if plain and not self.exact else "direct"
+        return "auto" if tuple(self.stride) == (1, 1) and not self.exact else "direct"
 
     def _pack(self, weight: Tensor) -> None:
         self._chooser = None

@@ -22,11 +22,13 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct
         weight: shape (O, C / groups, kh, kw); float32, float64, bfloat16 or float16.
         groups: of the convolution.
         algorithm: ``direct`` sums the products in the order of the definition. ``winograd2`` and ``winograd4`` add the
-            weight transformed for Winograd convolution with output tiles of 2x2 and 4x4 (float32, 3x3, groups=1, CPU;
-            2.8 and 5 times the memory); it is used for stride and dilation 1 and does a half and a quarter of the
-            multiplications. ``tensor_core`` (CUDA, dense or depthwise) adds the weight in the layout of the tensor-core
+            weight transformed for Winograd convolution with output tiles of 2x2 and 4x4 (float32 and half types, 3x3 and,
+            with 2x2 tiles, 5x5, groups=1, CPU; 2.8 and 5 times the memory for 3x3, 2.4 times for 5x5); it is used for
+            stride 1 and does a half and a quarter of the multiplications of 3x3, a third of those of 5x5.
+            ``tensor_core`` (CUDA, dense or depthwise) adds the weight in the layout of the tensor-core
             kernels, for inputs of the weight's dtype; float32 is multiplied as tf32 there, except in depthwise
-            convolutions. ``auto`` takes ``winograd4`` where it applies and there are at least 12 inputs and outputs, and
+            convolutions. ``auto``, from 12 inputs and outputs up, takes ``winograd4`` for 3x3, ``winograd2`` for 5x5 and
+            for 3x3 in half types (where a transformed weight that is stored in half loses nothing that shows), and
             ``tensor_core`` for half types and depthwise weights on CUDA.
 
     Returns:
@@ -78,7 +80,8 @@ def compact_conv2d(
         activation: none, relu, relu6, silu, hardswish, gelu or sigmoid.
 
     Returns:
-        Tensor of x's dtype, in channels_last when x is. Half types accumulate in float32 and round once. With
+        Tensor of x's dtype, in channels_last when x is. Half types are storage: arithmetic and accumulation are float32
+        in every algorithm, and results round once. With
         ``tensor_core`` weights the channels of a pixel are followed by room for a multiple of 8, as the next such
         convolution reads them in place (other tensors are copied first).
 
@@ -86,7 +89,8 @@ def compact_conv2d(
         RuntimeError: a shape, dtype, device or index does not fit (ValueError or RuntimeError in the fallback).
 
     Accuracy in float32, as the largest error of a map over its largest sum of ``|x| * |weight|``, against float64: at
-    most 5e-6 for the direct and the 4x4 Winograd algorithm, 2.5e-6 for the 2x2 one. The tests hold it for up to 700
+    most 5e-6 for the direct and the 4x4 Winograd algorithm, 2.5e-6 for the 2x2 one (5x5: 6e-6, and 5e-6 with 2x2 tiles). The
+    tests hold it for up to 700
     channels with random values, values over eight orders of magnitude, large offsets, spikes and alternating signs. An
     output of a Winograd tile has an error relative to the largest sum of its tile, not to its own.
 

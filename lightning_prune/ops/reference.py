@@ -156,7 +156,11 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct
     lanes = tensor_lanes(weight, groups, algorithm)
     if lanes:
         return torch.cat([packed, tensor_weight(weight.to(packed.dtype), groups, lanes)])
-    return packed if tile == 0 else torch.cat([packed, pack_conv2d_weight(transform_weight(weight, tile))])
+    return (
+        packed
+        if tile == 0
+        else torch.cat([packed, pack_conv2d_weight(transform_weight(weight.to(packed.dtype), tile))])
+    )
 
 
 def unpack_conv2d_weight(packed: Tensor, weight_shape: Sequence[int], groups: int = 1) -> Tensor:
@@ -168,7 +172,7 @@ def unpack_conv2d_weight(packed: Tensor, weight_shape: Sequence[int], groups: in
     check_packable(weight_shape, groups)
     shape = (int(weight_shape[0]), int(weight_shape[1]), int(weight_shape[2]), int(weight_shape[3]))
     expected = packed_size(shape, groups)
-    tiles = (0, 2, 4) if shape[2:] == (3, 3) and groups == 1 else (0,)
+    tiles = {(3, 3): (0, 2, 4), (5, 5): (0, 2)}.get(shape[2:], (0,)) if groups == 1 else (0,)
     sizes = {packed_size(shape, groups, tile) for tile in tiles}
     known = packed.dim() == 1 and (
         packed.shape[0] in sizes or carried_lanes(packed.shape[0], expected, shape, groups) > 0

@@ -212,6 +212,18 @@ def test_other_dtypes(dtype: torch.dtype, bound: float) -> None:
     assert all(t.dtype == dtype for t in fast.state_dict().values() if t.is_floating_point())
 
 
+@pytest.mark.parametrize("mode", ["own", "auto"])
+def test_bfloat16_modules_stay_what_they_are(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_PRUNE_BACKEND", mode)
+    model = network("plain").bfloat16()
+    fast = optimize_for_inference(model, X.bfloat16())
+    result = run(fast, X.bfloat16())[0]
+    exact = run(copy.deepcopy(model).double(), X.bfloat16().double())[0]
+    assert result.dtype == torch.bfloat16
+    assert (result.double() - exact).abs().max() <= 5e-2 * exact.abs().max()
+    assert any(kind == "own" for kind in fast.layers.values()) or mode == "auto"
+
+
 def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("plain")
     with pytest.raises(ValueError, match="cuda_graph must be"):

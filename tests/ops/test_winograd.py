@@ -25,7 +25,8 @@ ALGORITHMS = ("direct", "winograd2", "winograd4")
 
 @given(
     data=st.data(),
-    algorithm=st.sampled_from(["winograd2", "winograd4"]),
+    algorithm=st.sampled_from([("winograd2", 3), ("winograd4", 3), ("winograd2", 5)]),
+    dilation=st.tuples(st.sampled_from([1, 1, 2, 3]), st.sampled_from([1, 1, 2, 3])),
     batch=st.sampled_from([0, 1, 2, 5]),
     inputs=CHANNELS,
     outputs=CHANNELS,
@@ -36,7 +37,8 @@ ALGORITHMS = ("direct", "winograd2", "winograd4")
 def test_matches_the_reference(
     target: torch.device,
     data: st.DataObject,
-    algorithm: str,
+    algorithm: tuple[str, int],
+    dilation: tuple[int, int],
     batch: int,
     inputs: int,
     outputs: int,
@@ -46,9 +48,11 @@ def test_matches_the_reference(
     if target.type == "cuda":
         pytest.skip("Winograd weights are packed on the CPU")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999), label="seed"))
-    height, width = (max(s, 3 - 2 * p) for s, p in zip(size, padding, strict=True))
+    name, kernel = algorithm
+    spans = [d * (kernel - 1) + 1 - 2 * p for d, p in zip(dilation, padding, strict=True)]
+    height, width = (max(s, span) for s, span in zip(size, spans, strict=True))
     # Results of about one: the activations would hide the size of the sums that were rounded.
-    weight = torch.randn(outputs, inputs, 3, 3, generator=generator) / (3 * inputs**0.5)
+    weight = torch.randn(outputs, inputs, kernel, kernel, generator=generator) / (kernel * inputs**0.5)
     in_index = residual = out_index = None
     channels = inputs
     if data.draw(st.booleans(), label="gather"):
@@ -61,15 +65,16 @@ def test_matches_the_reference(
     kind = data.draw(st.sampled_from(["none", "same", "scatter"]), label="residual")
     if kind != "none":
         total = outputs + (7 if kind == "scatter" else 0)
-        out_size = height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
+        out_size = height - spans[0] + 1, width - spans[1] + 1
         residual = torch.randn(batch, total, *out_size, generator=generator)
         if data.draw(st.booleans(), label="residual channels_last"):
             residual = residual.to(memory_format=torch.channels_last)
         if kind == "scatter":
             out_index = torch.randperm(total, generator=generator)[:outputs]
     activation = data.draw(st.sampled_from(sorted(ops.ACTIVATIONS)), label="activation")
-    arguments = (in_index, out_index, [outputs, inputs, 3, 3], [1, 1], list(padding), [1, 1], 1, activation)
-    packed = ops.pack_conv2d_weight(weight, 1, algorithm)
+    shape = [outputs, inputs, kernel, kernel]
+    arguments = (in_index, out_index, shape, [1, 1], list(padding), list(dilation), 1, activation)
+    packed = ops.pack_conv2d_weight(weight, 1, name)
     y = ops.compact_conv2d(x, packed, bias, residual, *arguments)
     double = [None if t is None else t.double() for t in (x, packed, bias, residual)]
     expected = reference.compact_conv2d(*double, *arguments)
@@ -77,30 +82,52 @@ def test_matches_the_reference(
     assert error(y, expected) < 2e-5
 
 
-@pytest.mark.parametrize("algorithm", ["winograd2", "winograd4"])
-def test_packed_is_the_direct_layout_and_the_transform(algorithm: str) -> None:
-    weight = torch.randn(21, 13, 3, 3)
+@pytest.mark.parametrize(("algorithm", "kernel"), [("winograd2", 3), ("winograd4", 3), ("winograd2", 5)])
+def test_packed_is_the_direct_layout_and_the_transform(algorithm: str, kernel: int) -> None:
+    weight = torch.randn(21, 13, kernel, kernel)
     packed = ops.pack_conv2d_weight(weight, 1, algorithm)
     expected = reference.pack_conv2d_weight(weight, 1, algorithm)
     torch.testing.assert_close(packed, expected, rtol=1e-6, atol=1e-7)
     assert torch.equal(ops.unpack_conv2d_weight(packed, weight.shape), weight)
     tile = int(algorithm[-1])
+    points = tile + kernel - 1
     tail = packed[reference.packed_size(weight.shape, 1) :]
-    transformed = ops.unpack_conv2d_weight(tail, (21, 13, tile + 2, tile + 2))
+    transformed = ops.unpack_conv2d_weight(tail, (21, 13, points, points))
     torch.testing.assert_close(transformed, transform_weight(weight, tile), rtol=1e-6, atol=1e-7)
-    assert transform_matrix(tile).shape == (tile + 2, 3)
+    assert transform_matrix(tile, kernel).shape == (points, kernel)
+
+
+def test_half_storage(target: torch.device) -> None:
+    """Maps and transformed weights in half types: what storing costs is what rounding the exact result costs."""
+    if target.type == "cuda":
+        pytest.skip("Winograd weights are packed on the CPU")
+    generator = torch.Generator().manual_seed(0)
+    for dtype, bound in ((torch.bfloat16, 5e-3), (torch.float16, 7e-4)):
+        x = torch.randn(3, 70, 13, 14, generator=generator).to(dtype).to(memory_format=torch.channels_last)
+        weight = (torch.randn(37, 70, 3, 3, generator=generator) / 25).to(dtype)
+        exact = F.conv2d(x.double(), weight.double(), padding=1)
+        for algorithm, stored in (("winograd4", torch.float32), ("winograd2", dtype), ("auto", dtype)):
+            packed = ops.pack_conv2d_weight(weight, 1, algorithm)
+            assert packed.dtype == torch.float32
+            y = ops.compact_conv2d(x, packed.to(stored), None, None, None, None, [37, 70, 3, 3], 1, 1)
+            assert y.dtype == dtype
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            assert (y.double() - exact).abs().max() < bound * exact.abs().max(), algorithm
+        assert torch.equal(packed, ops.pack_conv2d_weight(weight, 1, "winograd2"))
 
 
 def relative_errors(x: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:
     """Largest error over the largest sum of |products|, the scale at which rounding happens."""
-    exact = F.conv2d(x.double(), weight.double(), padding=1)
-    scale = F.conv2d(x.double().abs(), weight.double().abs(), padding=1).max()
+    kernel = weight.shape[-1]
+    pad = kernel // 2
+    exact = F.conv2d(x.double(), weight.double(), padding=pad)
+    scale = F.conv2d(x.double().abs(), weight.double().abs(), padding=pad).max()
     shape = list(weight.shape)
     x = x.to(memory_format=torch.channels_last)
     errors = {}
-    for algorithm in ALGORITHMS:
+    for algorithm in ALGORITHMS[: 3 if kernel == 3 else 2]:
         packed = ops.pack_conv2d_weight(weight, 1, algorithm)
-        y = ops.compact_conv2d(x, packed, None, None, None, None, shape, 1, 1)
+        y = ops.compact_conv2d(x, packed, None, None, None, None, shape, 1, pad)
         errors[algorithm] = float((y.double() - exact).abs().max() / scale)
     return errors
 
@@ -119,7 +146,10 @@ def inputs_of(kind: str, channels: int, generator: torch.Generator) -> torch.Ten
 
 
 # The bounds that the docstring of compact_conv2d states.
-BOUND = {"direct": 5e-6, "winograd2": 2.5e-6, "winograd4": 5e-6}
+BOUND = {
+    3: {"direct": 5e-6, "winograd2": 2.5e-6, "winograd4": 5e-6},
+    5: {"direct": 6e-6, "winograd2": 5e-6},
+}
 
 
 @pytest.mark.parametrize("kind", ["normal", "relu", "offset", "range", "spikes", "alternating"])
@@ -129,12 +159,12 @@ def test_accuracy(target: torch.device, kind: str, channels: int) -> None:
         pytest.skip("Winograd weights are packed on the CPU")
     generator = torch.Generator().manual_seed(channels)
     x = inputs_of(kind, channels, generator)
-    for weight_kind in ("normal", "alternating"):
-        weight = torch.randn(24, channels, 3, 3, generator=generator)
+    for weight_kind, kernel in (("normal", 3), ("alternating", 3), ("normal", 5), ("alternating", 5)):
+        weight = torch.randn(24, channels, kernel, kernel, generator=generator)
         if weight_kind == "alternating":
-            weight = weight.abs() * (torch.arange(9).view(3, 3) % 2 * 2 - 1)
+            weight = weight.abs() * (torch.arange(kernel**2).view(kernel, kernel) % 2 * 2 - 1)
         for algorithm, value in relative_errors(x, weight).items():
-            assert value < BOUND[algorithm], (algorithm, kind, weight_kind, value)
+            assert value < BOUND[kernel][algorithm], (algorithm, kind, weight_kind, kernel, value)
 
 
 def test_special_values_stay_in_reach() -> None:
@@ -152,8 +182,10 @@ def test_algorithm_is_checked() -> None:
     errors = (ValueError, RuntimeError)
     with pytest.raises(errors, match="one of auto, direct, winograd2, winograd4, tensor_core; got 'fft'"):
         ops.pack_conv2d_weight(torch.zeros(2, 2, 3, 3), 1, "fft")
-    with pytest.raises(errors, match=r"takes float32 weights of shape \(O, C, 3, 3\)"):
+    with pytest.raises(errors, match=r"takes float32 or half weights of shape \(O, C, 3, 3\)"):
         ops.pack_conv2d_weight(torch.zeros(2, 2, 1, 3), 1, "winograd2")
+    with pytest.raises(errors, match=r"winograd2 also \(O, C, 5, 5\)"):
+        ops.pack_conv2d_weight(torch.zeros(2, 2, 5, 5), 1, "winograd4")
     with pytest.raises(errors, match="with groups=2"):
         ops.pack_conv2d_weight(torch.zeros(2, 2, 3, 3), 2, "winograd4")
 
@@ -161,17 +193,18 @@ def test_algorithm_is_checked() -> None:
 def test_other_strides_and_types_use_the_direct_weights() -> None:
     weight, x = torch.randn(16, 16, 3, 3), torch.randn(1, 16, 9, 9)
     packed = {a: ops.pack_conv2d_weight(weight, 1, a) for a in ("direct", "winograd4")}
-    for stride, dilation in ((2, 1), (1, 2)):
+    # Stride 2, tiles that would be mostly padding, float64.
+    for maps, stride, padding, dilation in ((x, 2, 1, 1), (x, 1, 7, 7), (x[:, :, :3, :3], 1, 0, 1)):
         results = [
-            ops.compact_conv2d(x, p, None, None, None, None, [16, 16, 3, 3], stride, 1, dilation)
+            ops.compact_conv2d(maps, p, None, None, None, None, [16, 16, 3, 3], stride, padding, dilation)
             for p in packed.values()
         ]
         assert torch.equal(*results)
-    half = [
-        ops.compact_conv2d(x.bfloat16(), p, None, None, None, None, [16, 16, 3, 3], 1, 1)
+    double = [
+        ops.compact_conv2d(x.double(), p.double(), None, None, None, None, [16, 16, 3, 3], 1, 1)
         for p in packed.values()
     ]
-    assert torch.equal(*half)
+    assert torch.equal(*double)
 
 
 def test_module_packs_again_and_saves_the_plain_weight() -> None:
@@ -195,7 +228,8 @@ def test_module_packs_again_and_saves_the_plain_weight() -> None:
     assert torch.equal(there_and_back(x), fast(x))
     if ops.extension_available():
         assert fast.packed.numel() == 5 * plain
-        assert copy.deepcopy(fast).bfloat16().packed.numel() == plain
+        assert copy.deepcopy(fast).bfloat16().packed.numel() == plain * 25 // 9
+        assert copy.deepcopy(fast).double().packed.numel() == plain
     strided = CompactConv2d.from_conv(nn.Conv2d(16, 24, 3, stride=2))
     assert strided.packed.numel() == plain
 

@@ -1,5 +1,8 @@
 // Weight packing and compact inference convolution on the CPU.
+#include <cmath>
+
 #include "driver.h"
+#include "step_scratch.h"
 
 namespace lp {
 namespace {
@@ -16,22 +19,28 @@ void pack(const View& w, int64_t outputs, int64_t channels_per_group, int64_t kh
 }
 
 // Transformed in double and rounded once: G g G^T, with the points of kernels/cpu/winograd.h.
-void pack_transformed(const View& w, int64_t outputs, int64_t channels, int tile, float* packed, const Env& env) {
-  static const double g2[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
-  static const double a = 0.70710678118654752440, b = 1.41421356237309504880;
-  static const double g4[6][3] = {{1, 0, 0},
-                                  {-1 / 1.5, -a / 1.5, -.5 / 1.5},
-                                  {-1 / 1.5, a / 1.5, -.5 / 1.5},
-                                  {1 / 6., b / 6., 2 / 6.},
-                                  {1 / 6., -b / 6., 2 / 6.},
-                                  {0, 0, 1}};
+void pack_transformed(const View& w, int64_t outputs, int64_t channels, int kernel, int tile, float* packed, const Env& env) {
   struct Context {
     const View& w;
     int64_t outputs, channels;
-    int points;
-    const double (*g)[3];
+    int kernel, points;
+    double g[6][5];
     float* packed;
-  } context{w, outputs, channels, tile + 2, tile == 2 ? g2 : g4, packed};
+  } context{w, outputs, channels, kernel, tile + kernel - 1, {}, packed};
+  // A row of G: the powers of its point over the product of the distances to the others. The transform of the input leaves
+  // the sign of the row for 0 out.
+  static const double at[2][5] = {
+      {0, 1, -1}, {0, 0.70710678118654752440, -0.70710678118654752440, 1.41421356237309504880, -1.41421356237309504880}};
+  const int last = context.points - 1;
+  const double* point = at[context.points == 6];
+  for (int i = 0; i < last; ++i) {
+    double norm = 1, power = 1;
+    for (int j = 0; j < last; ++j)
+      if (j != i) norm *= point[i] - point[j];
+    if (i == 0) norm = std::abs(norm);
+    for (int t = 0; t < kernel; ++t, power *= point[i]) context.g[i][t] = power / norm;
+  }
+  context.g[last][kernel - 1] = 1;
   std::memset(packed, 0, size_t(packed_size(outputs, channels, context.points * context.points, 1)) * sizeof(float));
   env.parallel(
       outputs,
@@ -40,17 +49,15 @@ void pack_transformed(const View& w, int64_t outputs, int64_t channels, int tile
         const int n = c.points;
         for (int64_t o = begin; o < end; ++o)
           for (int64_t k = 0; k < c.channels; ++k) {
+            double half[6][5] = {};
             const float* src = static_cast<const float*>(c.w.data) + o * c.w.n + k * c.w.c;
-            double half[6][3];
             for (int i = 0; i < n; ++i)
-              for (int j = 0; j < 3; ++j) {
-                half[i][j] = 0;
-                for (int t = 0; t < 3; ++t) half[i][j] += c.g[i][t] * double(src[t * c.w.h + j * c.w.w]);
-              }
+              for (int j = 0; j < c.kernel; ++j)
+                for (int t = 0; t < c.kernel; ++t) half[i][j] += c.g[i][t] * double(src[t * c.w.h + j * c.w.w]);
             for (int i = 0; i < n; ++i)
               for (int j = 0; j < n; ++j) {
                 double sum = 0;
-                for (int t = 0; t < 3; ++t) sum += half[i][t] * c.g[j][t];
+                for (int t = 0; t < c.kernel; ++t) sum += half[i][t] * c.g[j][t];
                 c.packed[packed_offset(o, k, i * n + j, c.outputs, c.channels, n * n, 1)] = float(sum);
               }
           }
@@ -58,17 +65,22 @@ void pack_transformed(const View& w, int64_t outputs, int64_t channels, int tile
       &context);
 }
 
-// Winograd pays from a few tiles up: fewer read its many weights for too little work.
-bool use_winograd(const CompactForward& f) {
+// Winograd pays from a few tiles up: fewer read its many weights for too little work. And its tiles must not be mostly empty.
+bool use_winograd(const CompactForward& f, int64_t images) {
   const ConvShape& s = f.shape;
-  if (f.tile == 0 || f.dtype != DType::f32 || s.groups != 1) return false;
-  const int64_t tiles = s.n * ((s.out_h + f.tile - 1) / f.tile) * ((s.out_w + f.tile - 1) / f.tile);
-  return tiles >= 4 && s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dil_h == 1 && s.dil_w == 1 &&
-         s.channels > 0;
+  if (f.tile == 0 || f.dtype == DType::f64 || s.groups != 1 || s.channels == 0) return false;
+  if (s.stride_h != 1 || s.stride_w != 1) return false;
+  const auto tiles_along = [&](int64_t size, int64_t dilation) {
+    const int64_t pixels = (size + dilation - 1) / dilation;
+    return dilation * ((pixels + f.tile - 1) / f.tile);
+  };
+  const int64_t tiles = images * tiles_along(s.out_h, s.dil_h) * tiles_along(s.out_w, s.dil_w);
+  const int64_t points = (f.tile + s.kh - 1) * (f.tile + s.kw - 1);
+  return tiles >= 4 && tiles * points * 5 <= images * s.out_h * s.out_w * s.kh * s.kw * 4;
 }
 
 template <class T>
-void compact(const CompactForward& f, const Env& env) {
+void compact(const CompactForward& f, bool winograd, const Env& env) {
   const ConvShape& s = f.shape;
   const Taps taps = forward_taps(env, s);
   TapConv p{};
@@ -144,12 +156,69 @@ void compact(const CompactForward& f, const Env& env) {
   p.out_begin = outs.begin;
   p.weight_begin = begin;
   p.depthwise = depthwise;
-  if (use_winograd(f)) {
-    p.weight = static_cast<const float*>(f.packed) + packed_size(s.outputs, s.channels, 9, 1);
+  if (winograd) {
+    p.weight = static_cast<const float*>(f.packed) + packed_size(s.outputs, s.channels, taps.count, 1);
     level().winograd(p, f.tile, env);
     return;
   }
   run_conv(f.dtype, p, env);
+}
+
+// The part of a half weight that is used, where it would lie in a float32 one: the direct layout, or the transform behind it.
+const float* widened_weight(const CompactForward& f, bool winograd, const Env& env) {
+  const ConvShape& s = f.shape;
+  const int64_t direct = packed_size(s.outputs, s.channels / s.groups, s.kh * s.kw, s.groups);
+  const int64_t points = (f.tile + s.kh - 1) * (f.tile + s.kw - 1);
+  const int64_t begin = winograd ? direct : 0, count = winograd ? packed_size(s.outputs, s.channels, points, 1) : direct;
+  float* copy = scratch<float>(env, begin + count);
+  constexpr int64_t row = 4096;
+  const auto widen = [&](int64_t at, int64_t rows, int64_t size) {
+    const auto* half = static_cast<const uint16_t*>(f.packed) + begin + at;
+    const View view{const_cast<uint16_t*>(half), 0, 1, size, size};
+    level().widen(HalfMap{view, f.dtype, 1, size, rows, 1, copy + begin + at}, env);
+  };
+  if (count >= row) widen(0, count / row, row);
+  if (count % row > 0) widen(count / row * row, 1, count % row);
+  return copy;
+}
+
+// Half types are storage: a few images at a time become float32 maps, small enough to stay in the cache, go through the
+// float32 kernels, and are rounded once on the way back.
+void compact_half(const CompactForward& f, const Env& env) {
+  const ConvShape& s = f.shape;
+  const int64_t x_size = f.x_channels * s.height * s.width, y_size = f.y_channels * s.out_h * s.out_w;
+  const bool residual = f.residual.data != nullptr;
+  const int64_t size = x_size + (residual ? 2 : 1) * y_size, budget = int64_t(512) * 1024;
+  const int64_t slice = std::max<int64_t>(1, std::min(s.n, budget / std::max<int64_t>(1, size)));
+  float* x = scratch<float>(env, slice * x_size);
+  float* y = scratch<float>(env, slice * y_size);
+  float* r = residual ? scratch<float>(env, slice * y_size) : nullptr;
+  const auto dense = [](float* data, int64_t c, int64_t h, int64_t w) { return View{data, c * h * w, 1, w * c, c}; };
+  StepScratch& memory = StepScratch::of_thread();
+  const Env inner = memory.env(env.threads, env.parallel);
+  const bool winograd = use_winograd(f, slice);
+  const void* packed = f.packed_is_half ? widened_weight(f, winograd, env) : f.packed;
+  for (int64_t first = 0; first < s.n; first += slice) {
+    const int64_t n = std::min(slice, s.n - first);
+    const auto part = [&](const View& v, int64_t c, int64_t h, int64_t w, float* copy) {
+      HalfMap m{v, f.dtype, n, c, h, w, copy};
+      m.half.data = static_cast<uint16_t*>(v.data) + first * v.n;
+      return m;
+    };
+    level().widen(part(f.x, f.x_channels, s.height, s.width, x), inner);
+    if (residual) level().widen(part(f.residual, f.y_channels, s.out_h, s.out_w, r), inner);
+    CompactForward g = f;
+    g.dtype = DType::f32;
+    g.packed = packed;
+    g.shape.n = n;
+    g.x = dense(x, f.x_channels, s.height, s.width);
+    g.y = dense(y, f.y_channels, s.out_h, s.out_w);
+    if (residual) g.residual = dense(r, f.y_channels, s.out_h, s.out_w);
+    compact<float>(g, winograd, inner);
+    level().narrow(part(f.y, f.y_channels, s.out_h, s.out_w, y), inner);
+    memory.reset();
+  }
+  memory.trim();
 }
 
 }  // namespace
@@ -160,12 +229,14 @@ void pack_cpu(const View& weight, DType dtype, int64_t outputs, int64_t channels
                       : pack(weight, outputs, channels_per_group, kh, kw, groups, static_cast<float*>(packed));
 }
 
-void pack_winograd_cpu(const View& weight, int64_t outputs, int64_t channels, int tile, float* packed, const Env& env) {
-  pack_transformed(weight, outputs, channels, tile, packed, env);
+void pack_winograd_cpu(const View& weight, int64_t outputs, int64_t channels, int kernel, int tile, float* packed,
+                       const Env& env) {
+  pack_transformed(weight, outputs, channels, kernel, tile, packed, env);
 }
 
 void compact_forward_cpu(const CompactForward& f, const Env& env) {
-  f.dtype == DType::f64 ? compact<double>(f, env) : compact<float>(f, env);
+  if (f.dtype == DType::f64) return compact<double>(f, false, env);
+  f.dtype == DType::f32 ? compact<float>(f, use_winograd(f, f.shape.n), env) : compact_half(f, env);
 }
 
 }  // namespace lp

@@ -28,6 +28,7 @@ namespace LP_ISA {
 #include "pointwise.h"
 #include "depthwise.h"
 #include "pool.h"
+#include "half_maps.h"
 #include "conv.h"
 #include "winograd.h"
 #include "weight_grad.h"
@@ -38,19 +39,20 @@ namespace LP_ISA {
 }  // namespace
 
 const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
-  static const CpuKernels table = {
-      LP_STRING(LP_ISA),
-      {LP_ISA::conv<float>, LP_ISA::conv<double>, LP_ISA::conv<LP_ISA::bf16>, LP_ISA::conv<LP_ISA::f16>},
-      LP_ISA::winograd,
-      LP_ISA::depthwise,
-      LP_ISA::residual_rows,
-      {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
-      {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>},
-      {LP_ISA::batch_norm_forward<float>, LP_ISA::batch_norm_forward<double>},
-      {LP_ISA::batch_norm_backward<float>, LP_ISA::batch_norm_backward<double>},
-      LP_ISA::winograd_weight,
-      LP_ISA::winograd_weight_grad,
-      LP_ISA::max_pool};
+  static const CpuKernels table = {LP_STRING(LP_ISA),
+                                   {LP_ISA::conv<float>, LP_ISA::conv<double>},
+                                   LP_ISA::winograd,
+                                   LP_ISA::depthwise,
+                                   LP_ISA::residual_rows,
+                                   {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
+                                   {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>},
+                                   {LP_ISA::batch_norm_forward<float>, LP_ISA::batch_norm_forward<double>},
+                                   {LP_ISA::batch_norm_backward<float>, LP_ISA::batch_norm_backward<double>},
+                                   LP_ISA::winograd_weight,
+                                   LP_ISA::winograd_weight_grad,
+                                   LP_ISA::max_pool,
+                                   LP_ISA::widen_map,
+                                   LP_ISA::narrow_map};
   return table;
 }
 

@@ -4,59 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <vector>
 
+#include "step_scratch.h"
 #include "tap_conv.h"
 
 namespace lp {
 namespace {
 
-// Scratch of one step. Kept by the thread between calls, like the workspace of the single operators.
-class StepScratch {
- public:
-  void* allocate(size_t bytes) {
-    const size_t size = (bytes + 63) / 64 * 64 + 64;
-    if (blocks_.empty() || used_ + size > sizes_.back()) {
-      sizes_.push_back(std::max<size_t>(size, 64 * 1024));
-      blocks_.emplace_back(new char[sizes_.back()]);
-      used_ = 0;
-    }
-    used_ += size;
-    const uintptr_t at = reinterpret_cast<uintptr_t>(blocks_.back().get()) + used_ - size;
-    return reinterpret_cast<void*>((at + 63) & ~uintptr_t(63));
-  }
-  void reset() {
-    if (blocks_.size() > 1) {
-      size_t total = 0;
-      for (size_t s : sizes_) total += s;
-      release();
-      sizes_.push_back(total);
-      blocks_.emplace_back(new char[total]);
-    }
-    used_ = 0;
-  }
-  void trim() {
-    if (!sizes_.empty() && sizes_.back() > (size_t(32) << 20)) release();
-  }
-
- private:
-  void release() {
-    blocks_.clear();
-    sizes_.clear();
-    used_ = 0;
-  }
-  std::vector<std::unique_ptr<char[]>> blocks_;
-  std::vector<size_t> sizes_;
-  size_t used_ = 0;
-};
-
-StepScratch& step_scratch() {
-  thread_local StepScratch scratch;
-  return scratch;
-}
-
-void* allocate_step(void* owner, size_t bytes) { return static_cast<StepScratch*>(owner)->allocate(bytes); }
 void run_inline(int64_t n, void (*body)(int64_t, int64_t, void*), void* ctx) {
   if (n > 0) body(0, n, ctx);
 }
@@ -135,8 +89,8 @@ void run_segment_cpu(const Segment& s, const Env& env) {
   } context{s, env, memory, per_slot, slices, by_slices, {0}};
   const auto body = [](int64_t begin, int64_t end, void* ctx) {
     Context& c = *static_cast<Context*>(ctx);
-    StepScratch& scratch = step_scratch();
-    const Env inner{c.by_slices ? 1 : c.env.threads, c.by_slices ? run_inline : c.env.parallel, allocate_step, &scratch};
+    StepScratch& scratch = StepScratch::of_thread();
+    const Env inner = scratch.env(c.by_slices ? 1 : c.env.threads, c.by_slices ? run_inline : c.env.parallel);
     const int64_t slice = c.s.header->slice;
     for (int64_t slot = begin; slot < end; ++slot)
       for (int64_t task; (task = c.next.fetch_add(1, std::memory_order_relaxed)) < c.slices;) {

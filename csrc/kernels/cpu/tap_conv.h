@@ -69,10 +69,18 @@ struct MaxPool {
   int64_t n, channels, height, width, kh, kw, stride_h, stride_w, pad_h, pad_w, out_h, out_w;
 };
 
+// A map of a half type and its dense channels-last float32 copy.
+struct HalfMap {
+  View half;
+  DType dtype;
+  int64_t n, channels, height, width;
+  float* dense;
+};
+
 struct CpuKernels {
   const char* name;
-  void (*conv[4])(const TapConv&, const Env&);             // by DType
-  void (*winograd)(const TapConv&, int tile, const Env&);  // float32, one group, 3x3, stride 1; weight transformed
+  void (*conv[2])(const TapConv&, const Env&);             // float32, float64
+  void (*winograd)(const TapConv&, int tile, const Env&);  // float32, one group, 3x3 or 5x5, stride 1
   bool (*depthwise)(const TapConv&, const Env&);  // float32, one group, weight (tap, channel); false: not a case for it
   bool (*residual_rows)(const TapConv&, int64_t channels, const Env&);  // float32: out = act(residual), if it can
   void (*weight_grad[2])(const TapWeightGrad&, const Env&);
@@ -82,6 +90,8 @@ struct CpuKernels {
   void (*winograd_weight)(const WinogradWeight&, int tile, const Env&);
   void (*winograd_weight_grad)(const TapWeightGrad&, int tile, const Env&);  // float32, one group, 3x3, stride 1, one part
   void (*max_pool)(const MaxPool&, const Env&);
+  void (*widen)(const HalfMap&, const Env&);   // half to dense
+  void (*narrow)(const HalfMap&, const Env&);  // dense to half, rounded to the nearest
 };
 
 const CpuKernels& cpu_kernels_portable();
@@ -100,7 +110,7 @@ void masked_backward_cpu(const MaskedBackward&, const Env&);
 void compact_forward_cpu(const CompactForward&, const Env&);
 void pack_cpu(const View& weight, DType dtype, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw,
               int64_t groups, void* packed, const Env&);
-// The transformed weights of Winograd F(tile x tile, 3x3), as panels of (tile + 2)^2 taps.
-void pack_winograd_cpu(const View& weight, int64_t outputs, int64_t channels, int tile, float* packed, const Env&);
+// The transformed weights of Winograd F(tile x tile, kernel x kernel), as panels of (tile + kernel - 1)^2 taps.
+void pack_winograd_cpu(const View& weight, int64_t outputs, int64_t channels, int kernel, int tile, float* packed, const Env&);
 
 }  // namespace lp

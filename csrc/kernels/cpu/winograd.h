@@ -1,14 +1,16 @@
-// Winograd F(MxM, 3x3), stride 1, float32: per block of output tiles, transform the input, multiply point by point with one
-// panel group of transformed weights after the other, and transform back at once, while the products are in L2.
-// Included once per instruction set (see simd.h).
+// Winograd F(MxM, RxR), stride 1, float32, as F(2x2, 3x3), F(4x4, 3x3) and F(2x2, 5x5): per block of output tiles, transform
+// the input, multiply point by point with one panel group of transformed weights after the other, and transform back at once,
+// while the products are in L2. A dilated convolution is one plain convolution per residue of the pixel's position. Included
+// once per instruction set (see simd.h).
 
-// One-dimensional transforms. M = 4 takes the points 0, +-sqrt(1/2), +-sqrt(2): their matrices are better conditioned than
-// those of 0, +-1, +-2, and the error is about a quarter.
-template <int M>
+// One-dimensional transforms for M outputs over N = M + R - 1 inputs. N = 6 takes the points 0, +-sqrt(1/2), +-sqrt(2): their
+// matrices are better conditioned than those of 0, +-1, +-2, and the error is about a quarter. The transform of the input
+// depends on the points alone.
+template <int M, int N = M + 2>
 struct Winograd;
 
 template <>
-struct Winograd<2> {
+struct Winograd<2, 4> {
   template <class V>
   static inline __attribute__((always_inline)) void input(const V* d, V* o) {
     o[0] = d[0] - d[2];
@@ -23,8 +25,7 @@ struct Winograd<2> {
   }
 };
 
-template <>
-struct Winograd<4> {
+struct WinogradSix {
   template <class V>
   static inline __attribute__((always_inline)) void input(const V* d, V* o) {
     constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f;
@@ -37,6 +38,10 @@ struct Winograd<4> {
     o[4] = e2 - b * f2;
     o[5] = d[1] + (d[5] - 2.5f * d[3]);
   }
+};
+
+template <>
+struct Winograd<4, 6> : WinogradSix {
   template <class V>
   static inline __attribute__((always_inline)) void output(const V* m, V* y) {
     constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f;
@@ -46,6 +51,16 @@ struct Winograd<4> {
     y[1] = a * d1 + b * d2;
     y[2] = 0.5f * s1 + 2.0f * s2;
     y[3] = m[5] + a3 * d1 + b3 * d2;
+  }
+};
+
+template <>
+struct Winograd<2, 6> : WinogradSix {
+  template <class V>
+  static inline __attribute__((always_inline)) void output(const V* m, V* y) {
+    constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f;
+    y[0] = m[0] + (m[1] + m[2]) + (m[3] + m[4]);
+    y[1] = m[5] + a * (m[1] - m[2]) + b * (m[3] - m[4]);
   }
 };
 
@@ -70,10 +85,10 @@ static ChannelBlocks channel_blocks(int64_t channels, int64_t points) {
   return b;
 }
 
-template <int M>
+template <int M, int N = M + 2>
 static void winograd_input(const float* src, int64_t row, int64_t col, int64_t channels, const ChannelBlocks& b, float* dst) {
   using V = Simd<float, LP_VECTOR_BYTES>::reg;
-  constexpr int N = M + 2, L = Simd<float, LP_VECTOR_BYTES>::lanes;
+  constexpr int L = Simd<float, LP_VECTOR_BYTES>::lanes;
   for (int64_t block = 0; block < b.blocks; ++block, dst += kTileGroup * kChannelBlock) {
     const float* from = src + std::min(block * kChannelBlock, std::max<int64_t>(0, channels - kChannelBlock));
     for (int v = 0; v < kChannelBlock; v += L) {
@@ -82,13 +97,13 @@ static void winograd_input(const float* src, int64_t row, int64_t col, int64_t c
       for (int j = 0; j < N; ++j) {
 #pragma GCC unroll 6
         for (int i = 0; i < N; ++i) in[i] = load<V>(from + i * row + j * col + v);
-        Winograd<M>::input(in, out);
+        Winograd<M, N>::input(in, out);
 #pragma GCC unroll 6
         for (int i = 0; i < N; ++i) t[i][j] = out[i];
       }
 #pragma GCC unroll 6
       for (int i = 0; i < N; ++i) {
-        Winograd<M>::input(t[i], out);
+        Winograd<M, N>::input(t[i], out);
 #pragma GCC unroll 6
         for (int j = 0; j < N; ++j) store<V>(dst + (i * N + j) * b.point + v, out[j]);
       }
@@ -97,9 +112,8 @@ static void winograd_input(const float* src, int64_t row, int64_t col, int64_t c
 }
 
 // products: [point][width] of one tile; y: [row * used_cols + col][width].
-template <int M>
+template <int M, int N = M + 2>
 static void winograd_output(const float* products, int64_t width, int rows, int cols, float* y) {
-  constexpr int N = M + 2;
   const auto run = [&](auto zero, int64_t v) __attribute__((always_inline)) {
     using V = decltype(zero);
     V t[M][N], in[N], out[M];
@@ -107,13 +121,13 @@ static void winograd_output(const float* products, int64_t width, int rows, int 
     for (int j = 0; j < N; ++j) {
 #pragma GCC unroll 6
       for (int i = 0; i < N; ++i) in[i] = load<V>(products + (i * N + j) * width + v);
-      Winograd<M>::output(in, out);
+      Winograd<M, N>::output(in, out);
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) t[i][j] = out[i];
     }
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
-      Winograd<M>::output(t[i], out);
+      Winograd<M, N>::output(t[i], out);
       if (i >= rows) return;
 #pragma GCC unroll 4
       for (int j = 0; j < M; ++j)
@@ -189,18 +203,21 @@ static const ProductSet& products() {
 
 // Which output tiles a task computes, and its cut through the panels of outputs.
 struct TileBlocks {
-  int64_t tiles_h, tiles_w, tiles;  // per image; over all images
+  int64_t step_h, step_w;           // dilation
+  int64_t tiles_h, tiles_w, tiles;  // per residue of an image; over all residues and images
   int64_t block, blocks;            // tiles per task
   int64_t panels, panels_per_task, splits;
   int64_t width;  // of the widest panel group
 };
 
-static TileBlocks tile_blocks(const TapConv& p, int M, int64_t channels, int64_t outputs, int threads) {
+static TileBlocks tile_blocks(const TapConv& p, int M, int N, int64_t channels, int64_t outputs, int threads) {
   TileBlocks b{};
-  const int64_t points = (M + 2) * (M + 2);
-  b.tiles_h = (p.rows + M - 1) / M;
-  b.tiles_w = (p.cols + M - 1) / M;
-  b.tiles = p.n * b.tiles_h * b.tiles_w;
+  const int64_t points = N * N;
+  b.step_h = p.tap_h[N - M + 1] - p.tap_h[0];
+  b.step_w = p.tap_w[1] - p.tap_w[0];
+  b.tiles_h = ((p.rows + b.step_h - 1) / b.step_h + M - 1) / M;
+  b.tiles_w = ((p.cols + b.step_w - 1) / b.step_w + M - 1) / M;
+  b.tiles = p.n * b.step_h * b.step_w * b.tiles_h * b.tiles_w;
   b.width = LP_REGISTERS == 32 ? 2 * kPanel : kPanel;
   const int64_t bytes = points * 4 * (round_up(channels, kChannelBlock) + b.width);
   // Inputs and products of a block stay in L2; deep layers rather share each weight among more tiles.
@@ -218,6 +235,26 @@ static TileBlocks tile_blocks(const TapConv& p, int M, int64_t channels, int64_t
   b.panels_per_task = round_up((b.panels + wanted - 1) / wanted, unit);
   b.splits = (b.panels + b.panels_per_task - 1) / b.panels_per_task;
   return b;
+}
+
+// The outputs of a tile: rows x cols pixels at the distance of the dilation, none for a residue that has fewer.
+struct TilePlace {
+  int64_t n, row0, col0;
+  int rows, cols;
+};
+static TilePlace tile_place(const TapConv& p, const TileBlocks& t, int M, int64_t tile) {
+  const int64_t row = tile / t.tiles_w % t.tiles_h * M, col = tile % t.tiles_w * M;
+  const int64_t residue = tile / (t.tiles_h * t.tiles_w) % (t.step_h * t.step_w);
+  TilePlace place{};
+  place.n = tile / (t.tiles_h * t.tiles_w * t.step_h * t.step_w);
+  place.row0 = residue / t.step_w + row * t.step_h;
+  place.col0 = residue % t.step_w + col * t.step_w;
+  const auto left = [M](int64_t size, int64_t at, int64_t step) {
+    return int(std::max<int64_t>(0, std::min<int64_t>(M, (size - at + step - 1) / step)));
+  };
+  place.rows = left(p.rows, place.row0, t.step_h);
+  place.cols = left(p.cols, place.col0, t.step_w);
+  return place;
 }
 
 // Even groups instead of full ones and a stump.
@@ -238,12 +275,12 @@ struct WinogradScratch {
 };
 
 // A copy of the tile's input with its zero padding, dense channels.
-static void stage_patch(const TapConv& p, int64_t n, int64_t h0, int64_t w0, int64_t size, int64_t channel, int64_t channels,
-                        int64_t ld, float* patch) {
+static void stage_patch(const TapConv& p, const TileBlocks& t, int64_t n, int64_t h0, int64_t w0, int64_t size, int64_t channel,
+                        int64_t channels, int64_t ld, float* patch) {
   if (ld > channels) memset(patch, 0, size_t(size * size * ld) * 4);
   for (int64_t i = 0; i < size; ++i)
     for (int64_t j = 0; j < size; ++j, patch += ld) {
-      const int64_t h = h0 + i, w = w0 + j;
+      const int64_t h = h0 + i * t.step_h, w = w0 + j * t.step_w;
       if (h < 0 || h >= p.height || w < 0 || w >= p.width)
         memset(patch, 0, size_t(channels) * 4);
       else
@@ -251,48 +288,47 @@ static void stage_patch(const TapConv& p, int64_t n, int64_t h0, int64_t w0, int
     }
 }
 
-template <int M>
+template <int M, int N>
 static void transform_block(const TapConv& p, const TileBlocks& t, const ChannelBlocks& cb, int64_t first, int64_t count,
                             const WinogradScratch& s) {
-  constexpr int N = M + 2;
   const int64_t channels = p.in_begin[1];
   const int64_t ld = std::max<int64_t>(kChannelBlock, channels);
   const bool run = p.x.c == 1 && is_run(p.in_channel, channels);
   // Pixels of fewer channels than a block are read with the beginning of the next one, up to the end of the tensor.
   const int64_t limit = (p.n - 1) * p.x.n + (p.height - 1) * p.x.h + (p.width - 1) * p.x.w + channels - ld;
-  const int64_t group_rows = tile_groups(count).rows;
+  const int64_t group_rows = tile_groups(count).rows, reach_h = (N - 1) * t.step_h, reach_w = (N - 1) * t.step_w;
   int64_t pixels = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t tile = first + i, n = tile / (t.tiles_h * t.tiles_w);
-    const int64_t row0 = tile / t.tiles_w % t.tiles_h * M, col0 = tile % t.tiles_w * M;
-    const int64_t h0 = row0 + p.tap_h[0], w0 = col0 + p.tap_w[0];
+    const TilePlace at = tile_place(p, t, M, first + i);
+    const int64_t n = at.n, h0 = at.row0 + p.tap_h[0], w0 = at.col0 + p.tap_w[0];
     float* dst = s.inputs + i / group_rows * cb.group + i % group_rows * kChannelBlock;
-    const bool inside = h0 >= 0 && w0 >= 0 && h0 + N <= p.height && w0 + N <= p.width;
-    if (run && inside && n * p.x.n + (h0 + N - 1) * p.x.h + (w0 + N - 1) * p.x.w <= limit) {
+    const bool inside = h0 >= 0 && w0 >= 0 && h0 + reach_h < p.height && w0 + reach_w < p.width;
+    if (run && inside && n * p.x.n + (h0 + reach_h) * p.x.h + (w0 + reach_w) * p.x.w <= limit) {
       const float* src = static_cast<const float*>(p.x.data) + n * p.x.n + h0 * p.x.h + w0 * p.x.w + p.in_channel[0];
-      winograd_input<M>(src, p.x.h, p.x.w, channels, cb, dst);
+      winograd_input<M, N>(src, p.x.h * t.step_h, p.x.w * t.step_w, channels, cb, dst);
     } else {
       if (run)
-        stage_patch(p, n, h0, w0, N, p.in_channel[0], channels, ld, s.staged);
+        stage_patch(p, t, n, h0, w0, N, p.in_channel[0], channels, ld, s.staged);
       else
-        stage_band(s.staged, static_cast<const float*>(p.x.data) + n * p.x.n, p.x, p.height, p.width, Axis{h0, 1, N},
-                   Axis{w0, 1, N}, p.in_channel, channels, ld);
-      winograd_input<M>(s.staged, N * ld, ld, channels, cb, dst);
+        stage_band(s.staged, static_cast<const float*>(p.x.data) + n * p.x.n, p.x, p.height, p.width, Axis{h0, t.step_h, N},
+                   Axis{w0, t.step_w, N}, p.in_channel, channels, ld);
+      winograd_input<M, N>(s.staged, N * ld, ld, channels, cb, dst);
     }
     s.pixel_begin[i] = pixels;
-    for (int64_t r = row0; r < std::min(row0 + M, p.rows); ++r)
-      for (int64_t c = col0; c < std::min(col0 + M, p.cols); ++c, ++pixels) {
-        s.table.out[pixels] = n * p.out.n + r * p.out.h + c * p.out.w;
-        s.table.residual[pixels] = n * p.residual.n + r * p.residual.h + c * p.residual.w;
+    for (int r = 0; r < at.rows; ++r)
+      for (int c = 0; c < at.cols; ++c, ++pixels) {
+        const int64_t row = at.row0 + r * t.step_h, col = at.col0 + c * t.step_w;
+        s.table.out[pixels] = n * p.out.n + row * p.out.h + col * p.out.w;
+        s.table.residual[pixels] = n * p.residual.n + row * p.residual.h + col * p.residual.w;
       }
   }
   s.pixel_begin[count] = pixels;
 }
 
-template <int M, int W, int P, bool Tail = false>
+template <int M, int N, int W, int P, bool Tail = false>
 static void run_products(const TapConv& p, const TileBlocks& t, const ChannelBlocks& cb, int64_t first, int64_t count,
                          int64_t panel, const WinogradScratch& s) {
-  constexpr int points = (M + 2) * (M + 2), width = W * P;
+  constexpr int points = N * N, width = W * P;
   const ProductSet& set = products<W, P, Tail>();
   const int64_t group_rows = tile_groups(count).rows;
   const int64_t channels = p.in_begin[1], depth = points * channels, first_output = panel * kPanel;
@@ -315,24 +351,22 @@ static void run_products(const TapConv& p, const TileBlocks& t, const ChannelBlo
   const float* near_row = dense ? static_cast<const float*>(p.out.data) + p.out_channel[first_output] : nullptr;
   alignas(64) float y[M * M * width];
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t tile = first + i, row0 = tile / t.tiles_w % t.tiles_h * M, col0 = tile % t.tiles_w * M;
-    const int rows = int(std::min<int64_t>(M, p.rows - row0)), cols = int(std::min<int64_t>(M, p.cols - col0));
+    const TilePlace at = tile_place(p, t, M, first + i);
     if (near_row && i + 1 < count)  // the next tile's output lines, while this one is computed
       for (int64_t j = s.pixel_begin[i + 1]; j < s.pixel_begin[i + 2]; ++j) {
         __builtin_prefetch(near_row + s.table.out[j], 1);
         if constexpr (width > 16) __builtin_prefetch(near_row + s.table.out[j] + 16, 1);
       }
-    winograd_output<M>(s.products + i * points * width, width, rows, cols, y);
-    epilogue<float, float>(p, y, width, s.table, s.pixel_begin[i], rows * cols, first_output, outputs, consecutive);
+    winograd_output<M, N>(s.products + i * points * width, width, at.rows, at.cols, y);
+    epilogue<float, float>(p, y, width, s.table, s.pixel_begin[i], at.rows * at.cols, first_output, outputs, consecutive);
   }
 }
 
-template <int M>
+template <int M, int N>
 static void winograd_tiles(const TapConv& p, const Env& env) {
-  constexpr int N = M + 2;
   const int64_t channels = p.in_begin[1], outputs = p.out_begin[1];
   if (p.n == 0 || p.rows == 0 || p.cols == 0 || outputs == 0) return;
-  const TileBlocks t = tile_blocks(p, M, channels, outputs, env.threads);
+  const TileBlocks t = tile_blocks(p, M, N, channels, outputs, env.threads);
   const ChannelBlocks cb = channel_blocks(channels, N * N);
   const int64_t groups = (t.block + kTileGroup - 1) / kTileGroup;
   const int64_t input_bytes = round_up((groups * cb.group + kChannelBlock) * 4, 64);
@@ -354,21 +388,22 @@ static void winograd_tiles(const TapConv& p, const Env& env) {
     s.table.residual = s.table.out + pixels;
     s.pixel_begin = s.table.residual + pixels;
     const int64_t first = index / t.splits * t.block, count = std::min(t.block, t.tiles - first);
-    transform_block<M>(p, t, cb, first, count, s);
+    transform_block<M, N>(p, t, cb, first, count, s);
     const int64_t begin = index % t.splits * t.panels_per_task, end = std::min(t.panels, begin + t.panels_per_task);
     const int64_t rest = outputs % kPanel, full = outputs / kPanel + (rest > 8);
     int64_t panel = begin;
     if constexpr (LP_REGISTERS == 32)
-      for (; panel + 2 <= std::min(end, full); panel += 2) run_products<M, 16, 2>(p, t, cb, first, count, panel, s);
+      for (; panel + 2 <= std::min(end, full); panel += 2) run_products<M, N, 16, 2>(p, t, cb, first, count, panel, s);
     if (kTailBeside && panel + 2 == end && end > full) {
-      run_products<M, 16, kTailBeside ? 2 : 1, kTailBeside>(p, t, cb, first, count, panel, s);
+      run_products<M, N, 16, kTailBeside ? 2 : 1, kTailBeside>(p, t, cb, first, count, panel, s);
       panel = end;
     }
-    for (; panel < std::min(end, full); ++panel) run_products<M, 16, 1>(p, t, cb, first, count, panel, s);
-    if (panel < end) run_products<M, 8, 1>(p, t, cb, first, count, panel, s);
+    for (; panel < std::min(end, full); ++panel) run_products<M, N, 16, 1>(p, t, cb, first, count, panel, s);
+    if (panel < end) run_products<M, N, 8, 1>(p, t, cb, first, count, panel, s);
   });
 }
 
 static void winograd(const TapConv& p, int tile, const Env& env) {
-  tile == 2 ? winograd_tiles<2>(p, env) : winograd_tiles<4>(p, env);
+  if (p.taps == 25) return winograd_tiles<2, 6>(p, env);
+  tile == 2 ? winograd_tiles<2, 4>(p, env) : winograd_tiles<4, 6>(p, env);
 }
