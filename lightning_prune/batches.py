@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,3 +98,30 @@ def require_inputs(inputs: ExampleInputs | None, batch: Any) -> ExampleInputs:
             "example_inputs= to ChannelPruning or set example_input_array in the LightningModule"
         )
     return found
+
+
+class RecentBatches:
+    """The inputs of the last training batches, for whatever needs data when channels are selected.
+
+    Args:
+        count: how many are kept; 0: none.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._batches: deque[ExampleInputs] = deque(maxlen=count)
+
+    def add(self, batch: Any) -> None:
+        """A training batch has begun."""
+        if self._batches.maxlen:
+            self._batches.append(require_inputs(inputs_from_batch(batch, rows=None), batch))
+
+    def take(self, trainer: pl.Trainer) -> list[ExampleInputs]:
+        """What was kept, which is forgotten; a fit that was resumed just before this draws batches anew."""
+        if not self._batches and self._batches.maxlen:
+            self._batches.extend(training_batches(trainer, self._batches.maxlen))
+        found = list(self._batches)
+        self._batches.clear()
+        return found
+
+    def __len__(self) -> int:
+        return len(self._batches)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +11,10 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from .batches import example_for, inputs_from_batch, require_inputs, training_batches
+from .batches import RecentBatches, example_for, require_inputs
 from .compaction import CompactionPlan
 from .config import PruneConfig, load_plan
+from .distributed import mean_over_ranks, rewrap_ddp
 from .errors import PlanError
 from .fit import PruningFit
 from .guards import refuse_late_rewind, refuse_unsupported, resolve_schedule
@@ -85,6 +84,9 @@ class ChannelPruning(pl.Callback):
         dead_channel_skipping: convolutions take the compiled kernels while the network trains, without their dead
             channels and by Winograd, where that is measured to be faster (see
             :class:`lightning_prune.skipping.DeadChannelSkipper`); the same numbers up to rounding.
+        reconfigure_every_n_epochs: cut dead channels out of the module itself, and of its optimizers' states, at the end of
+            every so many epochs and when channels are selected: steps get as fast, and need as little memory, as those of the
+            small network. Checkpoints stay full-size, and so is the module again when the fit is over. 0: never.
         seed: for ``method="random"``.
 
     Attributes:
@@ -93,7 +95,7 @@ class ChannelPruning(pl.Callback):
         report: a :class:`PruneReport`, once channels are selected.
         first_filters: see :func:`lightning_prune.plots.plot_filters`.
         history: one record per epoch: epoch, phase, macs, params, live_channels, lambda, gates, step_time, samples_per_second,
-            saved_training_macs, on CUDA peak_memory (all logged as ``prune/...``).
+            saved_training_macs, activation_memory, on CUDA peak_memory (all logged as ``prune/...``).
 
     Raises:
         ValueError: an argument is out of range or misspelt.
@@ -137,6 +139,7 @@ class ChannelPruning(pl.Callback):
         example_inputs: ExampleInputs | None = None,
         compact_on_fit_end: bool = True,
         dead_channel_skipping: bool = True,
+        reconfigure_every_n_epochs: int = 0,
         seed: int = 0,
     ) -> None:
         self.config = PruneConfig(
@@ -171,6 +174,7 @@ class ChannelPruning(pl.Callback):
             recalibrate=recalibrate,
             reentry_until=reentry_until,
             penalty_weights=penalty_weights,
+            reconfigure_every_n_epochs=reconfigure_every_n_epochs,
         )
         self.compact_on_fit_end = compact_on_fit_end
         self.compact_model: nn.Module | None = None
@@ -182,9 +186,7 @@ class ChannelPruning(pl.Callback):
         self._fit: PruningFit | None = None
         self._resumed: dict[str, Any] = {}
         self._last_step = -1
-        self._recent: deque[Any] = deque(
-            maxlen=max(wanted_batches(recalibrate), _RECENT_BATCHES * reconstruct)
-        )
+        self._recent = RecentBatches(max(wanted_batches(recalibrate), _RECENT_BATCHES * reconstruct))
         self._meter = TrainingMeter()
 
     @property
@@ -230,7 +232,7 @@ class ChannelPruning(pl.Callback):
         if self._fit.plan is None and trainer.global_step == self.config.rewind_to:
             self._fit.remember(pl_module)
         if self.config.recalibrate or (self._fit.plan is None and self.config.reconstruct):
-            self._recent.append(require_inputs(inputs_from_batch(batch, rows=None), batch))
+            self._recent.add(batch)
         self._meter.start(batch_size(batch))
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -238,15 +240,15 @@ class ChannelPruning(pl.Callback):
         assert self._schedule is not None
         refuse_late_rewind(trainer, self.config, self._schedule)
         with measuring_bar(trainer) as progress:
-            self._fit.begin(pl_module, self._resumed, self._learn_steps(trainer), progress)
+            self._fit.begin(
+                pl_module,
+                self._resumed,
+                self._schedule.learn_steps(trainer),
+                progress,
+                optimizers=lambda: trainer.optimizers,
+                rewrap=lambda: rewrap_ddp(trainer),
+            )
         self._resumed = {}
-
-    def _learn_steps(self, trainer: pl.Trainer) -> int:
-        """Optimizer steps in the learn phase, as well as can be told."""
-        assert self._schedule is not None
-        batches = trainer.num_training_batches
-        per_epoch = batches / max(trainer.accumulate_grad_batches, 1) if batches != float("inf") else 1000.0
-        return max(1, round(per_epoch * self._schedule.learn))
 
     # ---- phases and steps ------------------------------------------------------------------------------------------
 
@@ -261,20 +263,14 @@ class ChannelPruning(pl.Callback):
         assert self._schedule is not None
         phase = self._schedule.phase(trainer.current_epoch)
         if self._fit.plan is None and phase == Phase.LEARN and self._fit.learner is None:
-            self._fit.start_learning(pl_module, self._learn_steps(trainer))
+            self._fit.start_learning(pl_module, self._schedule.learn_steps(trainer))
         elif self._fit.plan is None and phase == Phase.FINETUNE:
             self._select(trainer, pl_module)
 
     def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._fit is not None
         rewound = self._fit.early is not None
-        if not self._recent and (
-            self.config.reconstruct or self.config.recalibrate
-        ):  # resumed just before this
-            assert self._recent.maxlen is not None
-            self._recent.extend(training_batches(trainer, self._recent.maxlen))
-        self._fit.select(pl_module, list(self._recent), self._reduce(trainer))
-        self._recent.clear()
+        self._fit.select(pl_module, self._recent.take(trainer), mean_over_ranks(trainer))
         if self.config.reconstruct and trainer.world_size > 1:  # ranks saw different batches
             for parameter in pl_module.parameters():
                 parameter.data.copy_(trainer.strategy.broadcast(parameter.data))
@@ -282,9 +278,12 @@ class ChannelPruning(pl.Callback):
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
 
-    @staticmethod
-    def _reduce(trainer: pl.Trainer) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor
+    ) -> None:
+        """The step's graph is complete: what it keeps is what training needs memory for."""
+        if self._fit is not None:
+            self._meter.backward(loss, pl_module.parameters(), self._fit.full_size)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -298,7 +297,7 @@ class ChannelPruning(pl.Callback):
         self._fit.before_step(
             optimizer,
             gates_too=first,
-            reduce=self._reduce(trainer),
+            reduce=mean_over_ranks(trainer),
             loss_scale=scaler.get_scale() if scaler is not None else 1.0,
         )
 
@@ -331,6 +330,9 @@ class ChannelPruning(pl.Callback):
             stop |= self._plateau.reached(trainer)
         if stop:
             trainer.should_stop = True
+        every = self.config.reconfigure_every_n_epochs
+        if every and (trainer.current_epoch + 1) % every == 0 and not stop:
+            self._fit.reconfigure(pl_module)
 
     # ---- end -------------------------------------------------------------------------------------------------------
 
@@ -350,14 +352,13 @@ class ChannelPruning(pl.Callback):
                 return
             self._select(trainer, pl_module)
         elif self._recent:
-            self._fit.recalibrate(pl_module, list(self._recent), self._reduce(trainer))
+            self._fit.recalibrate(pl_module, self._recent.take(trainer), mean_over_ranks(trainer))
         if self.compact_on_fit_end:
             self.compact_model, report = self._fit.compact(pl_module)
             self._report(report)
 
     def _report(self, report: PruneReport | None) -> None:
-        macs, dense = self._meter.macs, self._meter.macs_dense
-        self.report = replace(report, training_macs=macs, training_macs_dense=dense) if report else None
+        self.report = replace(report, **self._meter.totals()) if report else None
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

@@ -86,6 +86,7 @@ class PruneConfig:
     recalibrate: bool | int = False
     reentry_until: float = 0.0
     penalty_weights: Mapping[str, float] | None = None
+    reconfigure_every_n_epochs: int = 0
 
     def __post_init__(self) -> None:
         check_fraction("target", self.target)
@@ -99,6 +100,7 @@ class PruneConfig:
         check_positive("round_to", self.round_to)
         check_positive("min_channels", self.min_channels)
         check_positive("alternate_every_n_steps", self.alternate_every_n_steps, least=0)
+        check_positive("reconfigure_every_n_epochs", self.reconfigure_every_n_epochs, least=0)
         check_number("weight_l1", self.weight_l1)
         check_number("weight_l2", self.weight_l2)
         check_number("snap_threshold", self.snap_threshold)

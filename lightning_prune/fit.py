@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,26 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from .branches import removable_branches
-from .budget import ramped_target
 from .channels import trace_channels
-from .channels.groups import Mask
+from .channels.groups import ChannelGraph, Mask
+from .choosing import MaskChooser
 from .compaction import CompactionPlan, compact, mask_channels, max_relative_error
-from .compaction.apply import clone_model
 from .config import PruneConfig
 from .cost import Cost, CostModel
 from .criteria import saliency
 from .distillation import Distiller, whole_network_calls
-from .errors import BudgetError
 from .inputs import ExampleInputs, to_model
-from .latency_budget import measured_seconds, select_measured
+from .latency_budget import measured_seconds
 from .latency_cost import measure_latency_cost
 from .learning import MaskLearner
 from .outcome import BudgetReport, FirstFilters, PruneReport
 from .recalibration import recalibrate, wanted_batches
+from .reconfigure import Reconfigurer
 from .reconstruction import reconstruct
 from .redundancy import warn_if_symmetric
-from .scope import fix_ratios, group_factors, protected_channels
-from .selection import select_channels
 from .skipping import DeadChannelSkipper
 from .weights import WeightKeeper, first_convolution
 
@@ -62,63 +60,23 @@ class PruningFit:
         self.learner: MaskLearner | None = None
         self.keeper: WeightKeeper | None = None
         self.skipper: DeadChannelSkipper | None = None
-        self._removable: Mask | None = None
-        if config.remove_branches:
-            self._removable = removable_branches(model, to_model(inputs, model), self.graph)
+        self.reconfigurer: Reconfigurer | None = None
+        self._held: Mask = np.ones(self.graph.num_channels, dtype=bool)
         self.early: dict[str, Tensor] | None = None
         self.distiller: Distiller | None = None
         self.budget: BudgetReport | None = None
         self._network_calls = whole_network_calls(model, self._inputs_for(model)) if config.distill else []
-        self._protected = np.zeros(self.graph.num_channels, dtype=bool)
+        self.chooser: MaskChooser | None = None
         if config.plan is not None:
             config.plan.check_model(self.graph.tensors)
             config.plan.mask(self.graph)
         else:
-            self._protected = protected_channels(
-                self.graph, config.include, config.exclude, config.prune_streams
-            )
-            self._factors = group_factors(self.graph, config.penalty_weights)
+            removable = None
+            if config.remove_branches:
+                removable = removable_branches(model, to_model(inputs, model), self.graph)
+            self.chooser = MaskChooser(config, self.graph, self.cost, removable)
             if config.metric != "latency":  # which is measured when the model is on its device
-                self._choose(
-                    np.ones(self.graph.num_channels)
-                )  # an unreachable budget shows now, not after learning
-
-    def _choose(
-        self,
-        values: np.ndarray,
-        alive: Mask | None = None,
-        share: float | None = None,
-        ratios: Mapping[str, float] | None = None,
-    ) -> Mask:
-        if not self.config.penalised:  # where nothing is pressed, what would be pressed harder ranks lower
-            values = values / self._factors
-        if alive is not None:
-            values = np.where(alive, values, values.min() - 1.0)
-        eligible, kept = fix_ratios(self.graph, values, self.config.ratios if ratios is None else ratios)
-        if alive is not None:
-            eligible = eligible & (alive | kept)
-        return select_channels(
-            self.graph,
-            values,
-            self.cost,
-            self.config.target if share is None else share,
-            min_channels=self.config.min_channels,
-            round_to=self.config.round_to,
-            eligible=eligible,
-            protected=(self._protected & eligible) | kept,
-            removable=self._removable,
-        )
-
-    def _choose_on_the_way(self, values: np.ndarray, alive: Mask, progress: float) -> Mask:
-        """What the ramped budget asks for after ``progress`` (0..1) of the learn phase."""
-        config = self.config
-        ratios = {name: ramped_target(r, progress, config.ramp) for name, r in (config.ratios or {}).items()}
-        try:
-            return self._choose(values, alive, ramped_target(config.target, progress, config.ramp), ratios)
-        except (
-            BudgetError
-        ):  # only the end of the ramp was proven reachable; rounded ratios may miss it on the way
-            return alive
+                self.chooser.check()  # an unreachable budget shows now, not after learning
 
     # ---- phases ----------------------------------------------------------------------------------------------------
 
@@ -128,18 +86,25 @@ class PruningFit:
         state: Mapping[str, Any],
         learn_steps: int,
         progress: Callable[[int, int, str], None] | None = None,
+        *,
+        optimizers: Callable[[], Iterable[torch.optim.Optimizer]] = tuple,
+        rewrap: Callable[[], None] = lambda: None,
     ) -> None:
         """The model is on its device: take up a checkpoint's ``state`` (empty: none), or hold the given plan.
 
-        ``progress`` is told of the layers whose latency is measured, see ``measure_latency_cost``.
+        ``progress`` is told of the layers whose latency is measured, see ``measure_latency_cost``; ``optimizers`` and
+        ``rewrap`` are for :class:`Reconfigurer`.
         """
         config = self.config
         self.keeper = WeightKeeper(model, self.graph)
-        if config.metric == "latency" and config.plan is None:
+        if config.metric == "latency" and self.chooser is not None:
             self.cost = measure_latency_cost(model, self._inputs_for(model), self.graph, progress)
-            self._choose(np.ones(self.graph.num_channels))
+            self.chooser.cost = self.cost
+            self.chooser.check()
         if config.dead_channel_skipping:
             self.skipper = DeadChannelSkipper(model, self.graph)
+        if config.reconfigure_every_n_epochs:
+            self.reconfigurer = Reconfigurer(model, self.graph, optimizers, rewrap, self._follow)
         if config.distill:
             self.distiller = Distiller(self._network_calls, config.distill, config.distill_temperature)
             if state.get("teacher") is not None or config.plan is not None:
@@ -156,21 +121,26 @@ class PruningFit:
             learner = self.start_learning(model, learn_steps)
             learner.load_state_dict(state["learner"])
             if self.config.sphere:
-                self.keeper.remember_radii_as(state["radii"])
+                self.keeper.remember_radii(state["radii"])
             self._set_mask(learner.held())
         elif self.config.plan is not None:
             self.hold(self.config.plan)
         else:
             warn_if_symmetric(model, self.graph)
+        if self.plan is not None:
+            self.reconfigure(model)
+        elif self.reconfigurer is not None and state.get("cut"):
+            mask = np.ones(self.graph.num_channels, dtype=bool)
+            mask[state["cut"]] = False
+            self.reconfigurer.cut(mask, self._inputs_for(model))
 
     def start_learning(self, model: nn.Module, steps: int) -> MaskLearner:
         """Hang the gates on the model; the network as it is now becomes the teacher."""
         assert self.keeper is not None
+        assert self.chooser is not None
         self._teach(model)
-        self.learner = MaskLearner(
-            model, self.graph, self.cost, self.config, self._protected, steps, self._choose_on_the_way,
-            self._removable,
-        )  # fmt: skip
+        full_size = self.reconfigurer.full_size if self.reconfigurer is not None else contextlib.nullcontext
+        self.learner = MaskLearner(model, self.graph, self.cost, self.config, self.chooser, steps, full_size)
         self.learner.gates.attach()
         if self.config.sphere:
             self.keeper.remember_radii()
@@ -188,6 +158,9 @@ class PruningFit:
         ranks by ``reduce``.
         """
         assert self.keeper is not None
+        assert self.chooser is not None
+        if self.reconfigurer is not None:
+            self.reconfigurer.widen()
         self._teach(model)
         if self.learner is not None:
             by_weight = saliency("magnitude", model, self.graph)
@@ -198,7 +171,7 @@ class PruningFit:
             self.learner = None
         else:
             values, alive = saliency(self.config.method, model, self.graph, self.config.seed), None
-        mask = self._final(model, values, alive)
+        mask = self.chooser.final(model, self._inputs_for(model), values, alive)
         plan = CompactionPlan.from_mask(self.graph, mask, remove_branches=self.config.remove_branches)
         if self.early is not None:
             model.load_state_dict(self.early)
@@ -208,6 +181,27 @@ class PruningFit:
             model.load_state_dict(fitted.state_dict())
         self.hold(plan)
         self.recalibrate(model, data, reduce)
+        self.reconfigure(model)
+
+    def reconfigure(self, model: nn.Module) -> bool:
+        """Cut what is dead for good out of the network, if that is wanted; returns whether anything was.
+
+        Raises:
+            CompactionError: the smaller network fails or differs; the model is full-size then.
+        """
+        if self.reconfigurer is None or (self.plan is None and self.learner is None):
+            return False
+        return self.reconfigurer.cut(self._held, self._inputs_for(model))
+
+    def _follow(self, graph: ChannelGraph) -> None:
+        """The network's tensors have been cut, or are whole again."""
+        assert self.keeper is not None
+        self.keeper.follow(graph)
+        if self.learner is not None:
+            self.learner.gates.follow(graph)
+        if self.skipper is not None:
+            self.skipper.follow(graph)
+        self._set_mask(self._held)
 
     def recalibrate(self, model: nn.Module, data: Sequence[Any], reduce: Reduce | None = None) -> None:
         """Batch norm statistics of the masked network from ``data``, if they are wanted."""
@@ -217,20 +211,6 @@ class PruningFit:
     def remember(self, model: nn.Module) -> None:
         """Keep the present weights to rewind to (lottery tickets, Frankle and Carbin 2019)."""
         self.early = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-    def _final(self, model: nn.Module, values: np.ndarray, alive: Mask | None) -> Mask:
-        if self.config.metric != "latency":
-            return self._choose(values, alive)
-        plain = clone_model(model)  # without the hooks that skip dead channels
-        return select_measured(
-            plain,
-            self._inputs_for(model),
-            self.graph,
-            self.config.target,
-            lambda share: self._choose(values, alive, share),
-            values,
-            round_to=self.config.round_to,
-        ).mask
 
     def hold(self, plan: CompactionPlan) -> None:
         """From now on the removed channels are exactly zero."""
@@ -247,19 +227,22 @@ class PruningFit:
 
     def _set_mask(self, mask: Mask) -> None:
         assert self.keeper is not None
+        self._held = mask
         self.keeper.set_mask(mask)
         self.step_macs = self.macs.cost(mask)
         if self.skipper is not None:
             self.skipper.set_mask(mask)
 
     def release(self) -> None:
-        """Take every hook off the model."""
+        """Take every hook off the model, which is full-size again."""
         if self.learner is not None:
             self.learner.gates.detach()
         if self.skipper is not None:
             self.skipper.detach()
         if self.distiller is not None:
             self.distiller.detach()
+        if self.reconfigurer is not None:
+            self.reconfigurer.widen()
 
     def _inputs_for(self, model: nn.Module) -> ExampleInputs:
         """On the model's device and, in a true half or double precision fit, in its dtype."""
@@ -314,6 +297,13 @@ class PruningFit:
             if self.learner is not None and self.config.sphere:
                 self.keeper.project_to_sphere()
             self.keeper.zero_dead()
+        if self.reconfigurer is not None:
+            self.reconfigurer.check_optimizers()
+
+    @property
+    def full_size(self) -> bool:
+        """Whether the network has all its channels, dead or not."""
+        return self.reconfigurer is None or bool(self.reconfigurer.mask.all())
 
     # ---- records ---------------------------------------------------------------------------------------------------
 
@@ -331,7 +321,11 @@ class PruningFit:
             return None
         channels = self.graph.positions(f"{self._first}.weight" if self._first else "weight", 0)
         live = torch.from_numpy(np.append(self.mask(), True)[channels])
-        after = self.keeper.weight(self._first).detach().cpu().clone()
+        full_size = (
+            self.reconfigurer.full_size() if self.reconfigurer is not None else contextlib.nullcontext()
+        )
+        with full_size:
+            after = self.keeper.weight(self._first).detach().cpu().clone()
         return FirstFilters(self._first, self._filters_before, after, live)
 
     def record(self) -> dict[str, float]:
@@ -362,6 +356,7 @@ class PruningFit:
             "plan": self.plan.to_json() if self.plan is not None else None,
             "learner": self.learner.state_dict() if self.learner is not None else None,
             "early": self.early,
+            "cut": np.flatnonzero(~self.reconfigurer.mask).tolist() if self.reconfigurer is not None else [],
             **(
                 {"filters": self._filters_before}
                 if self.keeper is not None and self._first is not None

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from .config import PruneConfig
@@ -23,11 +30,29 @@ def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, config: 
             f"metric='latency' measures one device, but the Trainer has {trainer.world_size} processes, whose "
             "measurements differ. Use devices=1, or metric='macs'."
         )
+    if config.reconfigure_every_n_epochs:
+        _refuse_copies(trainer)
     if config.distill and not module.automatic_optimization:
         raise MisconfigurationException(
             f"distill= adds to the loss that training_step returns, but {type(module).__name__} optimizes by hand "
             "(automatic_optimization=False). Use distill=0, and add lightning_prune.distillation.distillation_loss in "
             "training_step yourself."
+        )
+
+
+def _refuse_copies(trainer: pl.Trainer) -> None:
+    """Whoever keeps weights of its own beside the module's cannot follow when these change their shapes."""
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise MisconfigurationException(
+            f"reconfigure_every_n_epochs= cannot exchange parameters under {type(trainer.strategy).__name__}. Use "
+            "strategy='auto' on one device or strategy='ddp', or reconfigure_every_n_epochs=0."
+        )
+    averaging = (StochasticWeightAveraging, WeightAveraging)
+    found = next((c for c in trainer.callbacks if isinstance(c, averaging)), None)  # type: ignore[attr-defined]
+    if found is not None:
+        raise MisconfigurationException(
+            f"reconfigure_every_n_epochs= changes the shapes of the weights that {type(found).__name__} averages. Remove one "
+            "of the two."
         )
 
 

@@ -9,6 +9,7 @@ weights of what is gone are zero.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from .budget import PenaltyController, ramped_target
 from .channels.groups import ChannelGraph, Mask
+from .choosing import MaskChooser
 from .config import PruneConfig
 from .cost import Cost
 from .criteria import saliency
@@ -26,9 +28,6 @@ from .gates import LEARNED, CriterionGates, Gates, Measured
 from .gates.attach import consumer_channels
 from .scope import fixed_shares, group_factors
 from .selection import scarcity
-
-#: chooses a mask: (saliency, bool mask of channels that may stay, progress of the learn phase) -> bool mask
-Choose = Callable[[np.ndarray, Mask, float], Mask]
 
 
 def default_gate_lr(steps: int) -> float:
@@ -48,10 +47,9 @@ class MaskLearner:
         graph: its traced channels.
         cost: prices masks in the metric of the budget.
         config: see ``ChannelPruning``.
-        protected: bool mask of channels that must stay.
+        chooser: selects under the budget of the moment.
         steps: optimizer steps in the learn phase, for the ramp of the target and default learning rates.
-        choose: selects under the budget of the moment.
-        removable: bool mask of channels whose whole group may go.
+        full_size: makes a context in which the model's tensors have their dense shapes, for criteria that read them.
     """
 
     def __init__(
@@ -60,21 +58,20 @@ class MaskLearner:
         graph: ChannelGraph,
         cost: Cost,
         config: PruneConfig,
-        protected: Mask,
+        chooser: MaskChooser,
         steps: int,
-        choose: Choose,
-        removable: Mask | None = None,
+        full_size: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         device = next(model.parameters()).device
         self.graph, self.cost, self.config, self.steps = graph, cost, config, max(steps, 1)
-        self._model, self._choose = model, choose
+        self._model, self._choose, self._full_size = model, chooser.on_the_way, full_size
         kind = LEARNED.get(config.method, CriterionGates)
         lr = config.gate_lr if config.gate_lr is not None else kind.span * default_gate_lr(steps)
         make: Callable[..., Gates] = kind
         if kind is CriterionGates:
             make = partial(CriterionGates, criterion=config.method, seed=config.seed)
         self.gates = make(
-            model, graph, torch.from_numpy(~protected).to(device), lr, config.snap_threshold, self.steps,
+            model, graph, torch.from_numpy(~chooser.protected).to(device), lr, config.snap_threshold, self.steps,
             **config.method_options,
         )  # fmt: skip
         self.gates.soft = config.reentry_until > 0
@@ -85,6 +82,7 @@ class MaskLearner:
         self.strength = 0.0
         self._group_of = graph.group_of()
         least = max(config.min_channels, 1)
+        removable = chooser.removable
         self._least = [0 if removable is not None and removable[g.start] else least for g in graph.groups]
         # layers with a width of their own are ranked by their gates, not pressed, and count as what will be left of them
         self._share = fixed_shares(graph, config.ratios)
@@ -151,7 +149,8 @@ class MaskLearner:
     def _choose_anew(self) -> bool:
         """Gradual pruning: the masks that the saliencies of the moment and the ramped budget ask for."""
         held, live = self.held(), self.mask()
-        values = self.saliency(saliency("magnitude", self._model, self.graph))
+        with self._full_size():
+            values = self.saliency(saliency("magnitude", self._model, self.graph))
         wanted = self._choose(values, held if self.open else live, self.done / self.steps)
         gone = held & ~wanted
         return self._put_away(gone & self._gateable if self.open else np.zeros_like(gone), gone)

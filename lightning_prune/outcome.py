@@ -112,6 +112,9 @@ class PruneReport:
         training_macs: multiply-accumulates of all training steps so far (forward and backward), without those of channels
             whose weights are zero; what training costs where dead channels are skipped. None outside a fit.
         training_macs_dense: the same for a dense fit of as many steps.
+        activation_memory: bytes that a training step keeps for its backward pass, parameters excluded, when last measured (in
+            the first step of each epoch). None outside a fit.
+        activation_memory_dense: the same before any channel was cut out; None if the fit never trained the full-size network.
     """
 
     macs_dense: float
@@ -124,6 +127,8 @@ class PruneReport:
     budget: BudgetReport | None = None
     training_macs: float | None = None
     training_macs_dense: float | None = None
+    activation_memory: int | None = None
+    activation_memory_dense: int | None = None
 
     @classmethod
     def of(
@@ -173,5 +178,10 @@ class PruneReport:
             share = self.training_macs / self.training_macs_dense
             lines.append(
                 f"training MACs  {self.training_macs:.3g} of the dense fit's {self.training_macs_dense:.3g} ({share:.1%})"
+            )
+        if self.activation_memory and self.activation_memory_dense:
+            now, dense = self.activation_memory, self.activation_memory_dense
+            lines.append(
+                f"activation memory of a step  {now / 2**20:.1f} MiB of the dense {dense / 2**20:.1f} MiB ({now / dense:.1%})"
             )
         return "\n".join(lines)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+import lightning.pytorch as pl
+
 from .config import PruneConfig
 
 
@@ -70,6 +72,12 @@ class Schedule:
     def total(self) -> int | None:
         """All epochs, or None when finetuning is open-ended."""
         return None if self.finetune is None else self.warmup + self.learn + self.finetune
+
+    def learn_steps(self, trainer: pl.Trainer) -> int:
+        """Optimizer steps in the learn phase, as well as can be told."""
+        batches = trainer.num_training_batches
+        per_epoch = batches / max(trainer.accumulate_grad_batches, 1) if batches != float("inf") else 1000.0
+        return max(1, round(per_epoch * self.learn))
 
     def phase(self, epoch: int) -> Phase:
         """Phase of an epoch (counted from 0)."""

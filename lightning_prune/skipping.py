@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from .channels.groups import ChannelGraph, Mask
 from .fused_norms import FusedNorms
 from .gates.attach import IN_GATE, TAKES_GATES
+from .hooks import PrivateHook
 from .nn._convert import symmetric_padding
 from .ops.availability import can_run_masked_conv2d, extension_available
 from .timing import fastest
@@ -193,9 +194,14 @@ class DeadChannelSkipper:
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
-        self._layers = _layers(model, graph) if extension_available() else []
-        self._norms = FusedNorms(model)
+        self._model = model
         self._handles: dict[nn.Module, list[RemovableHandle]] = {}
+        self._attach(graph)
+
+    def _attach(self, graph: ChannelGraph) -> None:
+        self._attached = True
+        self._layers = _layers(self._model, graph) if extension_available() else []
+        self._norms = FusedNorms(self._model)
         for layer in self._layers:
             self._handles[layer.module] = [
                 layer.module.register_forward_pre_hook(_Exchange(layer)),
@@ -203,6 +209,12 @@ class DeadChannelSkipper:
             ]
             if layer.module.groups == 1:
                 layer.module.__dict__[TAKES_GATES] = _Marker()
+
+    def follow(self, graph: ChannelGraph) -> None:
+        """The model's tensors have been cut, or are whole again: compare anew. :meth:`set_mask` has to be called."""
+        if self._attached:
+            self.detach()
+            self._attach(graph)
 
     def set_mask(self, mask: Mask) -> None:
         """Skip the channels where ``mask`` (bool, shape [num_channels]) is False; their weights must be zero."""
@@ -215,6 +227,7 @@ class DeadChannelSkipper:
 
     def detach(self) -> None:
         """Remove the hooks; the model is exactly as it was."""
+        self._attached = False
         self._norms.detach()
         for module in list(self._handles):
             for handle in self._handles.pop(module):
@@ -233,25 +246,7 @@ class _Marker:
         return type(None), ()
 
 
-def _nothing(*unused: Any, **unused_too: Any) -> None:
-    """What a copied or unpickled module has in place of the hooks: its channels are all computed."""
-
-
-def _make_nothing() -> Callable[..., None]:
-    return _nothing
-
-
-class _Hook:
-    """A hook that does not go along when its module is copied or pickled."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _nothing
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _make_nothing, ()
-
-
-class _Exchange(_Hook):
+class _Exchange(PrivateHook):
     """Before the forward call: put another convolution in place, which is the plain one where it is not allowed or faster."""
 
     def __init__(self, layer: _Layer) -> None:
@@ -268,7 +263,7 @@ class _Exchange(_Hook):
             )
 
 
-class _Restore(_Hook):
+class _Restore(PrivateHook):
     """After the forward call, also after one that raised: as it was."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:

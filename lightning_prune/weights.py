@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -22,7 +24,7 @@ class WeightKeeper:
         self._graph = graph
         self._tensors = named_tensors(model)
         self._dead: list[tuple[Tensor, Tensor]] = []  # tensor; all bits of what stays, broadcast against it
-        self._radii: list[tuple[Tensor, int, Tensor]] = []
+        self._radii: list[tuple[str, int, Tensor]] = []
         names = {m.tensor for g in graph.groups for m in g.members if m.role != "vector"}
         self._penalised = {id(self._tensors[name]) for name in names}
 
@@ -30,14 +32,21 @@ class WeightKeeper:
         """The weight of a module."""
         return self._tensors[f"{module}.weight" if module else "weight"]
 
+    def follow(self, graph: ChannelGraph) -> None:
+        """The tensors have been cut, or are whole again; :meth:`set_mask` has to follow."""
+        self._graph, self._dead = graph, []
+
     def set_mask(self, mask: Mask) -> None:
         """Choose which channels :meth:`zero_dead` holds at zero."""
         plan = CompactionPlan.from_mask(self._graph, mask, remove_branches=True)
         keep: dict[str, Tensor] = {}
-        for piece in zeroed_slices(self._tensors, plan):
+        for piece in zeroed_slices(plan):
             tensor = self._tensors[piece.tensor]
-            bits = torch.full((piece.size,), -1, dtype=_BITS[tensor.element_size()])
-            bits[list(piece.removed)] = 0
+            here = self._graph.here(piece.tensor, piece.dim, piece.removed)
+            if not len(here):
+                continue
+            bits = torch.full((tensor.shape[piece.dim],), -1, dtype=_BITS[tensor.element_size()])
+            bits[torch.from_numpy(here)] = 0
             bits = bits.view([-1 if d == piece.dim else 1 for d in range(tensor.dim())])
             other = keep.get(piece.tensor)
             keep[piece.tensor] = bits if other is None else bits & other
@@ -77,24 +86,20 @@ class WeightKeeper:
                         parameter.grad.add_(parameter.sign(), alpha=l1)
 
     @torch.no_grad()
-    def remember_radii(self) -> None:
-        """Take the present norm of every producing filter as the radius of its sphere."""
-        self._radii = []
-        for group in self._graph.groups:
-            for member in group.by_role("out"):
-                weight = self._tensors[member.tensor]
-                self._radii.append((weight, member.dim, _filter_norms(weight, member.dim)))
+    def remember_radii(self, radii: Sequence[Tensor] = ()) -> None:
+        """Take the present norm of every producing filter as the radius of its sphere, or ``radii`` from a checkpoint.
+
+        All filters are there: nothing has been cut.
+        """
+        members = [member for group in self._graph.groups for member in group.by_role("out")]
+        norms = [_filter_norms(self._tensors[member.tensor], member.dim) for member in members]
+        if radii:
+            norms = [radius.to(norm) for norm, radius in zip(norms, radii, strict=True)]
+        self._radii = [(member.tensor, member.dim, norm) for member, norm in zip(members, norms, strict=True)]
 
     def radii(self) -> list[Tensor]:
-        """The remembered radii, for a checkpoint."""
+        """The remembered radii, for a checkpoint: of all filters, whether they are left or not."""
         return [radius.cpu() for _, _, radius in self._radii]
-
-    @torch.no_grad()
-    def remember_radii_as(self, radii: list[Tensor]) -> None:
-        """Restore radii from :meth:`radii`."""
-        self.remember_radii()
-        pairs = zip(self._radii, radii, strict=True)
-        self._radii = [(weight, dim, radius.to(weight.device)) for (weight, dim, _), radius in pairs]
 
     @torch.no_grad()
     def project_to_sphere(self) -> None:
@@ -104,7 +109,10 @@ class WeightKeeper:
         constraint with the constant left in the filter, so that it needs no homogeneous activation and changes nothing
         at its start.
         """
-        for weight, dim, radius in self._radii:
+        for name, dim, radius in self._radii:
+            weight, left = self._tensors[name], self._graph.left(name, dim)
+            if not isinstance(left, slice):
+                radius = radius.index_select(dim, torch.from_numpy(left).to(radius.device))
             norms = _filter_norms(weight, dim)
             weight.mul_(torch.where(norms > 0, radius / norms.clamp_min(1e-12), torch.ones_like(norms)))
 

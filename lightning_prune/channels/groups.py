@@ -6,7 +6,7 @@ contiguous range of it. Masks, gates and saliencies are flat vectors over this n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -157,14 +157,27 @@ class ChannelGraph:
     def __len__(self) -> int:
         return len(self.groups)
 
-    def positions(self, tensor: str, dim: int) -> Vector:
-        """Channel id of every position along one dimension of a parameter or buffer, -1 where there is none."""
+    def positions(self, tensor: str, dim: int, groups: Iterable[ChannelGroup] | None = None) -> Vector:
+        """Channel id of every position along one dimension of a parameter or buffer, -1 where there is none.
+
+        Of ``groups`` only, where given.
+        """
         found = np.full(self.tensors[tensor][dim], -1, np.int64)
-        for group in self.groups:
+        for group in self.groups if groups is None else groups:
             for member in group.members:
                 if (member.tensor, member.dim) == (tensor, dim):
                     found[member.index] = np.arange(group.start, group.start + group.size)[:, None]
-        return found
+        return found[self.left(tensor, dim)]
+
+    def left(self, tensor: str, dim: int) -> Vector | slice:
+        """Dense positions that the tensor still has along one dimension: all, unless channels have been cut out."""
+        return slice(None)
+
+    def here(self, tensor: str, dim: int, positions: Sequence[int]) -> Vector:
+        """Where the dense ``positions`` are in the tensor as it is now; those that have been cut out are left out."""
+        wanted = np.zeros(self.tensors[tensor][dim], dtype=bool)
+        wanted[list(positions)] = True
+        return np.flatnonzero(wanted[self.left(tensor, dim)])
 
     def group_of(self) -> Vector:
         """Index of the group of each channel, shape [num_channels]."""

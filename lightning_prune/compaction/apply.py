@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -75,18 +75,18 @@ def _edited(
     return result
 
 
-def _is_direction(tensors: Mapping[str, Tensor], piece: TensorSlice) -> bool:
+def _is_direction(plan: CompactionPlan, piece: TensorSlice) -> bool:
     """Is this the direction of a weight-normalised filter? Its magnitude is zeroed instead: zero has no direction."""
     for direction, magnitude in (("original1", "original0"), ("weight_v", "weight_g")):
         if piece.tensor.endswith(direction):
-            other = tensors.get(piece.tensor.removesuffix(direction) + magnitude)
-            return other is not None and other.dim() > piece.dim and other.shape[piece.dim] == piece.size
+            other = plan.tensors.get(piece.tensor.removesuffix(direction) + magnitude, ())
+            return len(other) > piece.dim and other[piece.dim] == piece.size
     return False
 
 
-def zeroed_slices(tensors: Mapping[str, Tensor], plan: CompactionPlan) -> list[TensorSlice]:
+def zeroed_slices(plan: CompactionPlan) -> list[TensorSlice]:
     """What has to be zero for the removed channels to be exactly zero: all slices but running variances and directions."""
-    return [p for p in plan.slices if not p.tensor.endswith(_KEEP) and not _is_direction(tensors, p)]
+    return [p for p in plan.slices if not p.tensor.endswith(_KEEP) and not _is_direction(plan, p)]
 
 
 def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
@@ -125,7 +125,7 @@ def mask_channels(model: nn.Module, example_inputs: ExampleInputs | None, plan: 
     Raises:
         PlanError: ``plan`` was made for another model.
     """
-    zeroed = set(zeroed_slices(named_tensors(model), plan))
+    zeroed = set(zeroed_slices(plan))
 
     def zero(tensor: Tensor, piece: TensorSlice) -> Tensor:
         if piece not in zeroed:

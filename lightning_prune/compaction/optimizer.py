@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from .cuts import cuts_of
 from .plan import CompactionPlan
 
 
@@ -32,11 +33,7 @@ def compact_optimizer(
     """
     names = {id(p): name for name, p in model.named_parameters()}
     targets = dict(smaller.named_parameters())
-    slices: dict[str, list[tuple[int, Tensor]]] = {}
-    for piece in plan.slices:
-        keep = torch.ones(piece.size, dtype=torch.bool)
-        keep[list(piece.removed)] = False
-        slices.setdefault(piece.tensor, []).append((piece.dim, keep.nonzero().squeeze(1)))
+    cuts = cuts_of(plan)
 
     def counterpart(parameter: Tensor) -> nn.Parameter:
         name = names.get(id(parameter))
@@ -51,10 +48,8 @@ def compact_optimizer(
         if not isinstance(value, Tensor):
             return copy.deepcopy(value)
         value = value.detach().clone()
-        if value.shape == parameter.shape:
-            for dim, keep in slices.get(names[id(parameter)], []):
-                value = value.index_select(dim, keep.to(value.device))
-        return value
+        piece = cuts.get(names[id(parameter)])
+        return piece.narrow_state(value) if piece is not None else value
 
     result = copy.copy(optimizer)
     result.__dict__ = dict(optimizer.__dict__)

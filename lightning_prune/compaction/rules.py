@@ -5,9 +5,20 @@ This is the only table of layer types in the package, and it decides nothing: wh
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+#: what :func:`refresh_attributes` sets
+_SIZES = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "normalized_shape",
+          "num_channels", "num_parameters", "num_embeddings", "embedding_dim")  # fmt: skip
+
+
+def size_attributes(module: nn.Module) -> dict[str, Any]:
+    """The size attributes of ``module`` as they are, to be put back into its ``__dict__``."""
+    return {name: module.__dict__[name] for name in _SIZES if name in module.__dict__}
 
 
 def refresh_attributes(module: nn.Module) -> None:

@@ -78,14 +78,26 @@ def _compact_class(original: type) -> type:
     return _CLASSES[original]
 
 
-def install(model: nn.Module, fixes: Iterable[SizeFix]) -> None:
-    """Make the modules that ``fixes`` name use the sizes given there."""
+def install(model: nn.Module, fixes: Iterable[SizeFix]) -> list[nn.Module]:
+    """Make the modules that ``fixes`` name use the sizes given there; returns these modules."""
     by_module: dict[str, list[SizeFix]] = {}
     for fix in fixes:
         by_module.setdefault(fix.module, []).append(fix)
+    changed = []
     for name, own in by_module.items():
         module = model.get_submodule(name)
         module.__class__ = _compact_class(type(module))
         if "forward" in module.__dict__:  # some modules choose among several forwards when they are made
             module.__dict__["_plain_forward"] = module.__dict__.pop("forward")
         module._size_fixes = tuple(own)  # type: ignore[assignment]
+        changed.append(module)
+    return changed
+
+
+def uninstall(modules: Iterable[nn.Module]) -> None:
+    """Undo :func:`install` on what it returned."""
+    for module in modules:
+        module.__class__ = type(module).__mro__[2]
+        module.__dict__.pop("_size_fixes")
+        if "_plain_forward" in module.__dict__:
+            module.__dict__["forward"] = module.__dict__.pop("_plain_forward")

@@ -61,9 +61,9 @@ def check_equal(
         if exact is not None:
             _compare(model, twin, small, inputs, plan, exact, TOLERANCE[torch.float64])
     inputs = to_model(example_inputs, masked, own)
-    expected = _run(masked, inputs)
+    expected = run_quietly(masked, inputs)
     allowed = TOLERANCE.get(own, 1e-5)
-    rounding = _difference(exact, expected) if exact is not None else 0.0
+    rounding = relative_difference(exact, expected) if exact is not None else 0.0
     error = _compare(model, masked, smaller, inputs, plan, expected, max(allowed, _OWN_ROUNDING * rounding))
     if exact is not None:  # float64 leaves no doubt
         masked, smaller, inputs, allowed = (
@@ -90,10 +90,10 @@ def _compare(
     allowed: float,
 ) -> float:
     try:
-        found = _run(smaller, inputs)
+        found = run_quietly(smaller, inputs)
     except Exception as failure:
         raise _failed(smaller, inputs, failure) from failure
-    error = _difference(expected, found)
+    error = relative_difference(expected, found)
     if not error <= allowed:
         raise _differs(model, masked, smaller, inputs, plan, error, allowed)
     return error
@@ -102,7 +102,7 @@ def _compare(
 def _accepted(model: nn.Module, inputs: ExampleInputs) -> list[Tensor] | None:
     """Outputs, or None where the model refuses these inputs."""
     try:
-        return _run(model, inputs)
+        return run_quietly(model, inputs)
     except Exception:
         return None
 
@@ -143,19 +143,21 @@ def other_examples(example_inputs: ExampleInputs) -> Iterator[ExampleInputs]:
 def max_relative_error(a: nn.Module, b: nn.Module, example_inputs: ExampleInputs) -> float:
     """``max |a(x) - b(x)| / max |a(x)|`` over all outputs, in evaluation mode. Infinite where shapes differ."""
     inputs = to_model(example_inputs, a)
-    return _difference(_run(a, inputs), _run(b, inputs))
+    return relative_difference(run_quietly(a, inputs), run_quietly(b, inputs))
 
 
 def _double(model: nn.Module) -> nn.Module:
     return clone_model(model).double()
 
 
-def _run(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
+def run_quietly(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
+    """The outputs of ``model`` in evaluation mode; it is as before afterwards."""
     with undisturbed(model):
         return [t.detach() for t in tensors_in(call_model(model, inputs))]
 
 
-def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+def relative_difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """``max |expected - found| / max |expected|``, the worst of all outputs. Infinite where shapes differ."""
     if len(expected) != len(found) or any(x.shape != y.shape for x, y in zip(expected, found, strict=False)):
         return float("inf")
     worst = 0.0
@@ -224,7 +226,7 @@ def first_difference(
     for slices, (name, x), (other, y) in zip(graph.outputs, expected, found, strict=False):
         if name != other or slices.module != name:
             return name
-        if _difference([_keep(x, slices, live)], [y]) > tolerance:
+        if relative_difference([_keep(x, slices, live)], [y]) > tolerance:
             return name
     return None
 

@@ -44,7 +44,7 @@ class Site:
 
 
 def consumer_sites(graph: ChannelGraph) -> list[Site]:
-    """Where gates act: the consumer columns of every gateable group."""
+    """Where gates act: the consumer columns of every gateable group, as far as they are left."""
     index: dict[tuple[str, int], np.ndarray] = {}
     for group in graph.groups:
         if not group.gateable:
@@ -53,7 +53,10 @@ def consumer_sites(graph: ChannelGraph) -> list[Site]:
             key = (member.tensor, member.dim)
             columns = index.setdefault(key, np.full(graph.tensors[member.tensor][member.dim], -1, np.int64))
             columns[member.index] = np.arange(group.start, group.start + group.size)[:, None]
-    return [Site(tensor, dim, torch.from_numpy(columns)) for (tensor, dim), columns in index.items()]
+    return [
+        Site(tensor, dim, torch.from_numpy(columns[graph.left(tensor, dim)]))
+        for (tensor, dim), columns in index.items()
+    ]
 
 
 def consumer_channels(graph: ChannelGraph) -> Tensor:
@@ -104,12 +107,17 @@ class GateHooks:
     """Applies ``multipliers(training)`` (a tensor of shape [num_channels]) to every consumer while attached."""
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, multipliers: Callable[[bool], Tensor]) -> None:
-        self._multipliers = multipliers
+        self._model, self._multipliers = model, multipliers
         self._samples: Callable[[int], Tensor] | None = None
         self._awake: Callable[[], Tensor | None] | None = None
+        self._handles: list[RemovableHandle] = []
+        self.follow(graph)
+
+    def follow(self, graph: ChannelGraph) -> None:
+        """Take up which channel every column belongs to now, also while attached."""
+        model = self._model
         self._inputs = consumer_modules(model, graph)
         self._sites: dict[nn.Module, list[tuple[str, Site]]] = defaultdict(list)
-        self._handles: list[RemovableHandle] = []
         parameters = dict(model.named_parameters())
         for site in consumer_sites(graph):
             for module in model.modules():  # a tied weight is gated wherever it is registered

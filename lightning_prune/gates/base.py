@@ -113,6 +113,13 @@ class Gates(ABC):
         """Hang the gates on the model."""
         self._hooks.attach()
 
+    def follow(self, graph: ChannelGraph) -> None:
+        """Dead channels have been cut out of the model's tensors (or put back): ``graph`` has the positions they have now.
+
+        Whatever a method reads from the model's tensors by position it has to look up anew in here.
+        """
+        self._hooks.follow(graph)
+
     # ---- what they share -------------------------------------------------------------------------------------------
 
     def effective(self, training: bool = True) -> Tensor:

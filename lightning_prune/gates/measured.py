@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -112,26 +113,41 @@ class OBDGates(Measured):
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, trainable: Tensor, lr: float,
                  snap_threshold: float = 0.02, steps: int = 1, **options: Any) -> None:  # fmt: skip
-        tensors = named_tensors(model)
-        self._pieces = []
+        self._tensors, self._device = named_tensors(model), trainable.device
+        self._find_pieces(graph)
+        super().__init__(model, graph, trainable, lr, snap_threshold, steps, **options)
+
+    def _find_pieces(self, graph: ChannelGraph) -> None:
+        """Per tensor that makes channels of a group: its dimension, positions along it, and whose they are."""
+        self._pieces: list[tuple[Tensor, int, Tensor, Tensor]] = []
         for group in graph.groups:
             for member in group.by_role("out"):
                 bias = member.tensor.removesuffix("weight") + "bias"
-                index = torch.from_numpy(member.index).to(trainable.device)
-                self._pieces.append((tensors[member.tensor], member.dim, group.ids, index))
+                owned = [(member.tensor, member.dim)]
                 if bias != member.tensor and any(m.tensor == bias for m in group.members):
-                    self._pieces.append((tensors[bias], 0, group.ids, index))
-        super().__init__(model, graph, trainable, lr, snap_threshold, steps, **options)
+                    owned.append((bias, 0))
+                for name, dim in owned:
+                    channels = graph.positions(name, dim, [group])
+                    positions = np.flatnonzero(channels >= 0)
+                    where, whose = (
+                        torch.from_numpy(i).to(self._device) for i in (positions, channels[positions])
+                    )
+                    self._pieces.append((self._tensors[name], dim, where, whose))
+
+    def follow(self, graph: ChannelGraph) -> None:
+        """The rows of the channels that are left."""
+        super().follow(graph)
+        self._find_pieces(graph)
 
     @torch.no_grad()
     def update(self, strength: Tensor) -> None:
         """Take in the gradients of the weights."""
         value = torch.zeros_like(self.mean)
-        for weight, dim, ids, index in self._pieces:
+        for weight, dim, positions, channels in self._pieces:
             if weight.grad is not None:
                 product = 0.5 * (weight.grad * weight).float().square()
                 rows = product.transpose(0, dim).reshape(product.shape[dim], -1).sum(dim=1)
-                value[ids] += rows[index].sum(dim=1)
+                value.index_add_(0, channels, rows[positions])
         self.accumulate(value)
 
 
@@ -141,7 +157,7 @@ class APoZGates(Measured):
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, trainable: Tensor, lr: float,
                  snap_threshold: float = 0.02, steps: int = 1, **options: Any) -> None:  # fmt: skip
-        self._modules = consumer_modules(model, graph)
+        self._model, self._modules = model, consumer_modules(model, graph)
         self._handles: list[RemovableHandle] = []
         self._live = torch.zeros(trainable.shape, device=trainable.device)
         self._reads = torch.zeros_like(self._live)
@@ -161,11 +177,17 @@ class APoZGates(Measured):
         self._handles.clear()
 
     def saliency(self) -> Tensor:
-        """Share of non-zeros relative to the mean of the group: layers differ too much for one threshold."""
+        """Share of non-zeros relative to the mean of the group's live channels: layers differ too much for one threshold."""
         values = super().saliency()
         for group in self.graph.groups:
-            values[group.ids] = values[group.ids] / values[group.ids].mean().clamp_min(1e-12)
+            held = values[group.ids][~self.dead[group.ids]]
+            values[group.ids] = values[group.ids] / held.mean().clamp_min(1e-12) if len(held) else 0.0
         return values
+
+    def follow(self, graph: ChannelGraph) -> None:
+        """What is read of the channels that are left."""
+        super().follow(graph)
+        self._modules = consumer_modules(self._model, graph)
 
     @torch.no_grad()
     def _watch(self, module: nn.Module, args: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -12,17 +13,37 @@ from ..channels.groups import ChannelGraph
 from .base import Gates, learned
 
 
-def _scales(model: nn.Module, graph: ChannelGraph) -> Iterator[tuple[nn.Parameter, slice, Tensor]]:
-    """Batch norm weights, the channels of a group they scale, and the position of each channel, shape [size, k]."""
+class _Scale(NamedTuple):
+    """A batch norm's weight, its positions that belong to channels, whose they are, and each one's share in its channel."""
+
+    weight: nn.Parameter
+    positions: Tensor
+    channels: Tensor
+    shares: Tensor
+
+
+def _scales(model: nn.Module, graph: ChannelGraph, device: torch.device) -> list[_Scale]:
     weights = {
         f"{name}.weight" if name else "weight": module.weight
         for name, module in model.named_modules()
         if isinstance(module, _NormBase) and module.weight is not None
     }
-    for group in graph.groups:
-        for member in group.members:
-            if member.tensor in weights:
-                yield weights[member.tensor], group.ids, torch.from_numpy(member.index)
+    found = []
+    for name in dict.fromkeys(m.tensor for group in graph.groups for m in group.members):
+        if name in weights:
+            channels = graph.positions(name, 0)
+            positions = np.flatnonzero(channels >= 0)
+            channels = channels[positions]
+            shares = 1.0 / np.bincount(channels, minlength=1)[channels]
+            found.append(
+                _Scale(
+                    weights[name],
+                    torch.from_numpy(positions).to(device),
+                    torch.from_numpy(channels).to(device),
+                    torch.from_numpy(shares).float().to(device),
+                )
+            )
+    return found
 
 
 @learned("slimming")
@@ -31,8 +52,9 @@ class SlimmingGates(Gates):
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, trainable: Tensor, lr: float,
                  snap_threshold: float = 0.02, steps: int = 1) -> None:  # fmt: skip
-        self._scale = [(w, ids, index.to(trainable.device)) for w, ids, index in _scales(model, graph)]
-        if not self._scale:
+        self._model, self._device = model, trainable.device
+        self._scales = _scales(model, graph, trainable.device)
+        if not self._scales:
             raise ValueError(
                 "method='slimming' ranks batch norm scales, but no prunable channel passes a batch norm"
             )
@@ -41,9 +63,14 @@ class SlimmingGates(Gates):
     def can_gate(self, model: nn.Module, graph: ChannelGraph) -> Tensor:
         """Channels with a norm."""
         found = torch.zeros(graph.num_channels, dtype=torch.bool)
-        for _, ids, _ in self._scale:
-            found[ids] = True
+        for scale in self._scales:
+            found[scale.channels.cpu()] = True
         return found
+
+    def follow(self, graph: ChannelGraph) -> None:
+        """The scales of the channels that are left."""
+        super().follow(graph)
+        self._scales = _scales(self._model, graph, self._device)
 
     def attach(self) -> None:
         """Nothing to hang but the masks of resting channels."""
@@ -54,9 +81,9 @@ class SlimmingGates(Gates):
         """Mean ``|gamma|`` over the norms a channel passes."""
         total = torch.zeros(self.trainable.shape, device=self.trainable.device)
         count = torch.zeros_like(total)
-        for weight, ids, index in self._scale:
-            total[ids] += weight.detach().abs()[index].mean(dim=1)
-            count[ids] += 1
+        for weight, positions, channels, shares in self._scales:
+            total.index_add_(0, channels, weight.detach().abs()[positions].float() * shares)
+            count.index_add_(0, channels, shares)
         return total / count.clamp_min(1)
 
     def presence(self) -> Tensor:
@@ -67,9 +94,7 @@ class SlimmingGates(Gates):
 
     def shrink(self, strength: Tensor, moving: Tensor) -> None:
         """Soft threshold of every scale at ``lr * strength``."""
-        for weight, ids, index in self._scale:
-            cut = (self.lr * strength * moving)[ids][:, None].expand(-1, index.shape[1])
-            threshold = torch.zeros_like(weight).index_put_(
-                (index.reshape(-1),), cut.reshape(-1).to(weight.dtype)
-            )
+        for weight, positions, channels, _ in self._scales:
+            threshold = torch.zeros_like(weight)
+            threshold[positions] = (self.lr * strength * moving)[channels].to(weight.dtype)
             weight.copy_(weight.sign() * (weight.abs() - threshold).clamp_min(0.0))

@@ -215,9 +215,7 @@ def test_learned_gates_reopen(method: str) -> None:
     for until in (0.0, 0.8):
         settings = config(method=method, target=0.2, reentry_until=until, gate_lr=0.2, weight_l2=0.0)
         cost = _Cost(graph)
-        learner = MaskLearner(
-            net, graph, cost, settings, np.zeros(graph.num_channels, dtype=bool), 100, lambda v, a, p: a
-        )
+        learner = MaskLearner(net, graph, cost, settings, MaskChooser(settings, graph, cost), 100)
         gates = learner.gates
         with torch.no_grad():
             {"l1": gates.parameters()[0], "l0": gates.parameters()[0], "vib": gates.parameters()[0]}[method][
@@ -280,10 +278,8 @@ def test_penalty_weights_scale_the_penalty_and_the_ranking() -> None:
     strengths = []
     for weights in (None, {"conv.*": 3.0, "conv2": 0.5}):
         settings = config(penalty_weights=weights, gate_lr=0.01, target=0.5)
-        protected = np.zeros(graph.num_channels, dtype=bool)
-        from lightning_prune import CostModel
-
-        learner = MaskLearner(net, graph, CostModel(graph), settings, protected, 100, lambda v, a, p: a)
+        cost = CostModel(graph)
+        learner = MaskLearner(net, graph, cost, settings, MaskChooser(settings, graph, cost), 100)
         seen: list[Tensor] = []
         learner.gates.update = seen.append  # type: ignore[method-assign]
         learner.controller.multiplier = 1.0
