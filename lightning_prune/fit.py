@@ -294,9 +294,9 @@ class PruningFit:
     def after_step(self) -> None:
         """The optimizer has moved the weights: dead ones back to zero, filters back to their sphere."""
         if self.keeper is not None:
+            self.keeper.zero_dead()  # before: what a dead channel's reader has picked up is no part of its norm
             if self.learner is not None and self.config.sphere:
                 self.keeper.project_to_sphere()
-            self.keeper.zero_dead()
         if self.reconfigurer is not None:
             self.reconfigurer.check_optimizers()
 

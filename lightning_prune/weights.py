@@ -131,4 +131,5 @@ def first_convolution(graph: ChannelGraph, model: nn.Module) -> str | None:
 
 def _filter_norms(weight: Tensor, dim: int) -> Tensor:
     others = [d for d in range(weight.dim()) if d != dim]
-    return weight.detach().float().square().sum(dim=others, keepdim=True).sqrt().to(weight.dtype)
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return wide.square().sum(dim=others, keepdim=True).sqrt().to(weight.dtype)

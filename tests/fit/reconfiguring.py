@@ -140,5 +140,7 @@ def fit(
     watch = Watch()
     callbacks = [callback, watch, *options.pop("callbacks", [])]
     paths = {name: options.pop(name) for name in ("ckpt_path", "weights_only") if name in options}
-    trainer(callbacks, epochs, **({"precision": "64-true"} | options)).fit(module, loader(), loader(24), **paths)
+    trainer(callbacks, epochs, **({"precision": "64-true"} | options)).fit(
+        module, loader(), loader(24), **paths
+    )
     return module, watch

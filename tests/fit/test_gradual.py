@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lightning_prune import ChannelPruning, CompactionPlan, TraceError, mask_channels, trace_channels
 from lightning_prune.budget import RAMPS, ramped_target
+from lightning_prune.choosing import MaskChooser
+from lightning_prune.cost import CostModel
 from lightning_prune.criteria import CRITERIA, criterion
 from lightning_prune.gates import OBDGates, SlimmingGates, TaylorGates
 from lightning_prune.learning import MaskLearner
