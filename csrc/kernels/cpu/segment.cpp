@@ -7,12 +7,43 @@
 
 #include "step_scratch.h"
 #include "tap_conv.h"
+#include "team.h"
 
 namespace lp {
 namespace {
 
 void run_inline(int64_t n, void (*body)(int64_t, int64_t, void*), void* ctx) {
   if (n > 0) body(0, n, ctx);
+}
+
+// body(i) for i in [0, n) on the caller's pool; the calling thread takes the first ones.
+template <class F>
+void in_parallel(const Env& env, int64_t n, const F& body) {
+  env.parallel(
+      n,
+      [](int64_t begin, int64_t end, void* ctx) {
+        for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(ctx))(i);
+      },
+      const_cast<F*>(&body));
+}
+
+// The team that the calling thread leads.
+Team*& led_team() {
+  thread_local Team* team = nullptr;
+  return team;
+}
+struct Lead {  // ends however the leader leaves
+  explicit Lead(Team& team) : before(led_team()) { led_team() = &team; }
+  ~Lead() {
+    led_team()->finish();
+    led_team() = before;
+  }
+  Lead(const Lead&) = delete;
+  Lead& operator=(const Lead&) = delete;
+  Team* before;
+};
+void run_in_team(int64_t n, void (*body)(int64_t, int64_t, void*), void* ctx) {
+  if (n > 0) led_team()->parallel(n, body, ctx);
 }
 
 View dense(float* data, int64_t c, int64_t h, int64_t w) { return View{data, c * h * w, 1, w * c, c}; }
@@ -75,38 +106,32 @@ void run_step(const Segment& s, const SegmentStep& t, const Buffers& b, int64_t 
 
 void run_segment_cpu(const Segment& s, const Env& env) {
   const int64_t slice = s.header->slice, slices = (s.n + slice - 1) / slice;
-  // Enough slices: every thread runs whole ones, and nobody waits between steps.
+  // Enough slices: every thread runs whole ones, and nobody waits between steps. Else the threads share each step.
   const bool by_slices = env.threads > 1 && slices >= env.threads;
   const int64_t slots = by_slices ? env.threads : 1, per_slot = s.header->arena * slice + 16;
   float* memory = static_cast<float*>(env.alloc(env.owner, size_t(slots * per_slot) * sizeof(float)));
-  struct Context {
-    const Segment& s;
-    const Env& env;
-    float* memory;
-    int64_t per_slot, slices;
-    bool by_slices;
-    std::atomic<int64_t> next;
-  } context{s, env, memory, per_slot, slices, by_slices, {0}};
-  const auto body = [](int64_t begin, int64_t end, void* ctx) {
-    Context& c = *static_cast<Context*>(ctx);
+  std::atomic<int64_t> next{0};
+  const auto run_slices = [&](int64_t slot, int threads, decltype(Env::parallel) parallel) {
     StepScratch& scratch = StepScratch::of_thread();
-    const Env inner = scratch.env(c.by_slices ? 1 : c.env.threads, c.by_slices ? run_inline : c.env.parallel);
-    const int64_t slice = c.s.header->slice;
-    for (int64_t slot = begin; slot < end; ++slot)
-      for (int64_t task; (task = c.next.fetch_add(1, std::memory_order_relaxed)) < c.slices;) {
-        const Buffers b{c.s, c.memory + slot * c.per_slot, task * slice};
-        const int64_t images = std::min(slice, c.s.n - b.first);
-        for (int64_t i = 0; i < c.s.header->steps; ++i) {
-          run_step(c.s, c.s.step[i], b, images, inner);
-          scratch.reset();
-        }
+    const Env inner = scratch.env(threads, parallel);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < slices;) {
+      const Buffers b{s, memory + slot * per_slot, task * slice};
+      const int64_t images = std::min(slice, s.n - b.first);
+      for (int64_t i = 0; i < s.header->steps; ++i) {
+        run_step(s, s.step[i], b, images, inner);
+        scratch.reset();
       }
+    }
     scratch.trim();
   };
-  if (by_slices)
-    env.parallel(slots, body, &context);
-  else
-    body(0, 1, &context);
+  if (by_slices) return in_parallel(env, slots, [&](int64_t slot) { run_slices(slot, 1, run_inline); });
+  if (env.threads == 1) return run_slices(0, 1, run_inline);
+  Team team;
+  in_parallel(env, env.threads, [&](int64_t member) {
+    if (member > 0) return team.help();
+    const Lead lead(team);
+    run_slices(0, env.threads, run_in_team);
+  });
 }
 
 }  // namespace lp
