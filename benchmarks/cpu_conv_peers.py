@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_prune import ops
 from lightning_prune.nn import CompactConv2d
+from lightning_prune.ops.winograd import algorithm_for
 
 Run = Callable[[], object]
 
@@ -113,7 +114,12 @@ def _finish(problem: Problem, y: Tensor, residual: Tensor | None) -> Tensor:
 def own(problem: Problem) -> Run:
     """The project's operator, channels_last."""
     last = torch.channels_last
-    algorithm = "auto" if problem.shape.stride == 1 else "direct"
+    shape = problem.shape
+    algorithm = (
+        algorithm_for(problem.weight.shape, shape.batch, shape.size, shape.size)
+        if shape.stride == 1
+        else "direct"
+    )
     packed = ops.pack_conv2d_weight(problem.weight, problem.shape.groups, algorithm)
     x = problem.x.contiguous(memory_format=last)
     residual = None if problem.residual is None else problem.residual.contiguous(memory_format=last)
@@ -128,7 +134,10 @@ def module(problem: Problem) -> Run:
     last, s = torch.channels_last, problem.shape
     conv = torch.nn.Conv2d(s.inputs, s.outputs, s.kernel, s.stride, s.padding, s.dilation, s.groups)
     conv.weight.data, conv.bias = problem.weight, torch.nn.Parameter(problem.bias)
-    chosen = CompactConv2d.from_conv(conv, None, "relu", problem.index, problem.out_index, backend="auto")
+    algorithm = algorithm_for(conv.weight.shape, s.batch, s.size, s.size)
+    chosen = CompactConv2d.from_conv(
+        conv, None, "relu", problem.index, problem.out_index, backend="auto", algorithm=algorithm
+    )
     x = problem.x.contiguous(memory_format=last)
     residual = None if problem.residual is None else problem.residual.contiguous(memory_format=last)
     return lambda: chosen(x, residual)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..nn import CompactConv2d
 from ..nn.compact_conv2d import _fold_batch_norm
 from ..ops import ACTIVATIONS
+from ..ops.winograd import algorithm_for
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -87,8 +88,13 @@ class ConvSite:
 
     def own(self) -> CompactConv2d | None:
         """The module that runs this package's convolution; None where it cannot (reflecting padding)."""
+        images, _, height, width = self.shape
+        conv = self.folded()
+        # With stride 1 the output is about as large as the input.
+        known = algorithm_for(conv.weight.shape, images, height, width)
+        algorithm = None if known == "auto" else known
         try:
-            return CompactConv2d.from_conv(self.folded(), None, self.activation, backend="own")
+            return CompactConv2d.from_conv(conv, None, self.activation, backend="own", algorithm=algorithm)
         except ValueError:
             return None
 

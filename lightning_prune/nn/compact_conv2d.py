@@ -64,6 +64,8 @@ class CompactConv2d(nn.Module):
             other. Measurements are kept in the user's cache folder. None: what ``LIGHTNING_PRUNE_BACKEND`` says, by
             default ``auto``. Under ``torch.compile``, deterministic algorithms and CUDA graph capture nothing is measured
             and ours runs.
+        algorithm: of our CPU kernel, see :func:`lightning_prune.ops.pack_conv2d_weight`; None or ``auto``: by the channel
+            counts. Taken where it applies (stride 1, not ``exact``), else the direct sum.
 
     ``state_dict`` holds the plain packed weight, whatever the algorithm; what the algorithm needs besides is computed
     again when a state is loaded or the module is converted.
@@ -100,11 +102,17 @@ class CompactConv2d(nn.Module):
         dtype: torch.dtype | None = None,
         exact: bool = False,
         backend: str | None = None,
+        algorithm: str | None = None,
     ) -> None:
         super().__init__()
         if backend not in (None, "auto", "own", "vendor"):
             raise ValueError(f"backend must be auto, own, vendor or None; got {backend!r}")
+        if algorithm not in (None, "auto", "direct", "winograd2", "winograd4"):
+            raise ValueError(
+                f"algorithm must be auto, direct, winograd2, winograd4 or None; got {algorithm!r}"
+            )
         self.backend = backend
+        self.algorithm = algorithm
         self.weight_shape = [int(size) for size in weight_shape]
         self.stride, self.padding, self.dilation = pair(stride), pair(padding), pair(dilation)
         self.groups = groups
@@ -149,7 +157,14 @@ class CompactConv2d(nn.Module):
         if weight.is_cuda:
             single = weight.dtype == torch.float32 and self.groups == 1
             return "tensor_core" if single and not self.exact and tf32_allowed() else "auto"
-        return "auto" if tuple(self.stride) == (1, 1) and not self.exact else "direct"
+        if tuple(self.stride) != (1, 1) or self.exact:
+            return "direct"
+        wanted = self.algorithm or "auto"
+        kernels = {"winograd2": (3, 5), "winograd4": (3,)}.get(wanted)
+        fits = self.groups == 1 and weight.dtype != torch.float64 and weight.shape[2] == weight.shape[3]
+        if kernels is not None and not (fits and weight.shape[2] in kernels):
+            return "direct"
+        return wanted
 
     def _pack(self, weight: Tensor) -> None:
         self._chooser = None
@@ -186,6 +201,7 @@ class CompactConv2d(nn.Module):
         out_index: Tensor | None = None,
         exact: bool = False,
         backend: str | None = None,
+        algorithm: str | None = None,
     ) -> CompactConv2d:
         """Fold a convolution, its norm (in eval mode) and its activation into one module.
 
@@ -197,6 +213,7 @@ class CompactConv2d(nn.Module):
             out_index: see the class.
             exact: see the class.
             backend: see the class.
+            algorithm: see the class.
 
         Raises:
             ValueError: a padding, norm or activation that cannot be folded; the message says which and what to do.
@@ -219,6 +236,7 @@ class CompactConv2d(nn.Module):
             weight.dtype,
             exact,
             backend,
+            algorithm,
         )
         module._pack(weight)
         if bias is not None:
@@ -291,5 +309,6 @@ class CompactConv2d(nn.Module):
         text += f", bias={self.bias is not None}, activation={self.activation}"
         text += ", exact=True" if self.exact else ""
         text += f", backend={self.backend}" if self.backend else ""
+        text += f", algorithm={self.algorithm}" if self.algorithm else ""
         text += "" if self.in_index is None else f", in_index={self.in_index.numel()}"
         return text + ("" if self.out_index is None else f", out_index={self.out_index.numel()}")

@@ -14,6 +14,8 @@ from torch import Tensor
 ALGORITHMS = ("auto", "direct", "winograd2", "winograd4", "tensor_core")
 # Smallest channel counts for which "auto" packs Winograd weights: below, the direct kernels are as fast.
 AUTO_MIN_CHANNELS = 12
+# Inputs times outputs from which up to four 4x4 tiles are dearer than sixteen 2x2 ones: the transform leaves the L2 cache.
+FEW_TILES_LARGE_WEIGHT = 380 * 380
 # Interpolation points beside 0 and infinity, by their number. The square roots keep the matrices well conditioned.
 _POINTS = {4: (1.0, -1.0), 6: (0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))}
 
@@ -45,6 +47,23 @@ def winograd_tile(weight: Tensor, groups: int, algorithm: str) -> int:
             f"the CPU with groups=1; got {weight.dtype} of shape {shape} on {weight.device.type} with groups={groups}"
         )
     return 2 if algorithm == "winograd2" else 4
+
+
+def algorithm_for(weight_shape: Sequence[int], images: int, height: int, width: int) -> str:
+    """The algorithm to pack a stride-1 weight with when the output's size is known.
+
+    ``auto``, or ``winograd2`` where a large weight meets so few 4x4 tiles that reading its transform takes longer than
+    computing with it.
+
+    Args:
+        weight_shape: (O, C, kh, kw).
+        images: per call.
+        height: of the output.
+        width: of the output.
+    """
+    tiles = images * -(-height // 4) * -(-width // 4)
+    large = int(weight_shape[0]) * int(weight_shape[1]) >= FEW_TILES_LARGE_WEIGHT
+    return "winograd2" if large and tiles <= 4 and tuple(weight_shape[2:]) == (3, 3) else "auto"
 
 
 def transform_matrix(tile: int, kernel: int = 3) -> Tensor:

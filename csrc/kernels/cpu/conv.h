@@ -26,19 +26,27 @@ static void conv(const TapConv& p, const Env& env) {
   const Bands b = make_bands(p, sizeof(T), env.threads);
   const int64_t staged_bytes = round_up((staged_elements(b) + 64) * int64_t(sizeof(T)), 64);
   const int64_t slot_bytes = staged_bytes + round_up(b.pixels * 24, 64) + round_up(int64_t(p.taps + 1) * 16, 64);
-  const int64_t slots = std::min<int64_t>(env.threads, b.tasks);
+  // Few pixels: threads share them and split the outputs; each stages its band again.
+  int64_t widest = 0;
+  for (int g = 0; g < p.groups; ++g) widest = std::max(widest, p.out_begin[g + 1] - p.out_begin[g]);
+  const int64_t missing = env.threads > 1 && !p.depthwise ? (2 * env.threads + b.tasks - 1) / b.tasks : 1;
+  const int64_t splits = std::max<int64_t>(1, std::min(missing, widest / (2 * kPanel)));
+  const int64_t slots = std::min<int64_t>(env.threads, b.tasks * splits);
   char* scratch = aligned(static_cast<char*>(env.alloc(env.owner, size_t(slots * slot_bytes + 64))));
-  run_tasks(env, b.tasks, [&](int slot, int64_t index) {
+  run_tasks(env, b.tasks * splits, [&](int slot, int64_t index) {
     char* base = scratch + slot * slot_bytes;
     T* staged = reinterpret_cast<T*>(base);
     int64_t* numbers = reinterpret_cast<int64_t*>(base + staged_bytes);
     PixelTable<T> table{reinterpret_cast<const T**>(numbers), numbers + b.pixels, numbers + 2 * b.pixels};
     int64_t* run_at = reinterpret_cast<int64_t*>(base + staged_bytes + round_up(b.pixels * 24, 64));
     int64_t* run_length = run_at + p.taps + 1;
-    const Task t = task_at(p, b, index);
+    const Task t = task_at(p, b, index / splits);
     const int64_t inputs = p.in_begin[t.group + 1] - p.in_begin[t.group];
-    const int64_t first = p.out_begin[t.group], outputs = p.out_begin[t.group + 1] - first;
-    if (outputs == 0) return;
+    const int64_t in_group = p.out_begin[t.group + 1] - p.out_begin[t.group], panels = (in_group + kPanel - 1) / kPanel;
+    const int64_t begin = index % splits * panels / splits * kPanel;
+    const int64_t first = p.out_begin[t.group] + begin;
+    const int64_t outputs = std::min(in_group, (index % splits + 1) * panels / splits * kPanel) - begin;
+    if (outputs <= 0) return;
     const int64_t ld = p.depthwise ? round_up(inputs, kPanel) : inputs;
     // A 1x1 convolution of an unpadded channels-last input reads in place.
     const int64_t* channel = p.in_channel + p.in_begin[t.group];
@@ -62,7 +70,7 @@ static void conv(const TapConv& p, const Env& env) {
           table.out[pixels] = n * p.out.n + row * p.out.h + c * p.out.w;
           table.residual[pixels] = n * p.residual.n + row * p.residual.h + c * p.residual.w;
         }
-    const T* weight = static_cast<const T*>(p.weight) + p.weight_begin[t.group];
+    const T* weight = static_cast<const T*>(p.weight) + p.weight_begin[t.group] + begin * p.taps * inputs;
     int runs = 0;
     for (int k = 0; k < p.taps; ++k) {
       const int64_t at = ((p.tap_h[k] - b.min_h) * b.staged_cols + p.tap_w[k] - b.min_w) * ld;
