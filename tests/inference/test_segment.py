@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -75,6 +76,28 @@ def test_equals_float64_for_every_slice(batch: int) -> None:
         for given_x in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(3, 3, 30, 34)):
             assert error(network, model, given_x) < 2e-6
         assert network(torch.randn(0, 3, 30, 34)).shape == (0, 5)
+
+
+def test_teams_of_any_size_and_number() -> None:
+    """Members may come late or not at all, and several callers may lead teams at once: always the same numbers."""
+    model, x = Branches().eval(), torch.randn(2, 3, 30, 34)
+    network = next(n for n in segmented(model, x) if [s.slice for s in segments(n)] == [2])
+    before = torch.get_num_threads()
+
+    def calls(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)  # of the calling thread's pool
+        with torch.no_grad():
+            return [network(x) for _ in range(20)]
+
+    try:
+        expected = calls(1)[0]
+        with ThreadPoolExecutor(2) as pool:
+            for results in pool.map(calls, (2, 3)):
+                assert all(torch.allclose(y, expected, rtol=1e-5, atol=1e-6) for y in results)
+        assert all(torch.allclose(y, expected, rtol=1e-5, atol=1e-6) for y in calls(4))
+    finally:
+        torch.set_num_threads(before)
+    assert error(network, model, x) < 2e-6
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_prune import ops
 from lightning_prune.nn import CompactConv2d
 from lightning_prune.ops import reference
-from lightning_prune.ops.winograd import transform_matrix, transform_weight
+from lightning_prune.ops.winograd import algorithm_for, transform_matrix, transform_weight
 from tests.ops.conv_cases import error
 
 OP = torch.ops.lightning_prune
@@ -176,6 +176,46 @@ def test_special_values_stay_in_reach() -> None:
     assert y[0, :, 4:7, 4:7].isnan().all()
     assert not y[0, :, 8:].isnan().any()
     assert not y[0, :, :, 8:].isnan().any()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", [(1, 70, 150, 5, 7), (1, 30, 33, 33, 31), (5, 20, 37, 14, 12)])
+def test_threads_do_not_change_the_numbers(
+    target: torch.device, algorithm: str, shape: tuple[int, ...]
+) -> None:
+    if target.type == "cuda":
+        pytest.skip("threads of the CPU kernels")
+    batch, inputs, outputs, height, width = shape
+    x = torch.randn(batch, inputs, height, width).to(memory_format=torch.channels_last)
+    weight = torch.randn(outputs, inputs, 3, 3) / 20
+    packed = ops.pack_conv2d_weight(weight, 1, algorithm)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.compact_conv2d(x, packed, None, None, None, None, list(weight.shape), 1, 1))
+    finally:
+        torch.set_num_threads(before)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    assert all(error(y, exact) < 2e-5 for y in results)
+
+
+def test_few_tiles_of_a_large_weight_take_the_small_tile() -> None:
+    conv = nn.Conv2d(512, 512, 3, padding=1)
+    assert algorithm_for(conv.weight.shape, 1, 7, 7) == "winograd2"
+    assert algorithm_for(conv.weight.shape, 8, 7, 7) == algorithm_for((64, 64, 3, 3), 1, 7, 7) == "auto"
+    module = CompactConv2d.from_conv(conv, algorithm="winograd2", backend="own")
+    x = torch.randn(1, 512, 7, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), conv(x), rtol=1e-4, atol=1e-5)
+    assert "algorithm=winograd2" in repr(module)
+    if ops.extension_available():
+        assert module.packed.numel() == conv.weight.numel() * 25 // 9
+    assert module.double().packed.numel() == conv.weight.numel()
+    strided = CompactConv2d.from_conv(nn.Conv2d(16, 16, 3, stride=2), algorithm="winograd4")
+    assert strided.packed.numel() == 16 * 16 * 9
+    with pytest.raises(ValueError, match="algorithm must be auto, direct, winograd2, winograd4 or None"):
+        CompactConv2d([4, 4, 3, 3], algorithm="fft")
 
 
 def test_algorithm_is_checked() -> None:

@@ -128,7 +128,7 @@ void run_segment_cpu(const Segment& s, const Env& env) {
   if (env.threads == 1) return run_slices(0, 1, run_inline);
   Team team;
   in_parallel(env, env.threads, [&](int64_t member) {
-    if (member > 0) return team.help();
+    if (member > 0) return team.help(member);
     const Lead lead(team);
     run_slices(0, env.threads, run_in_team);
   });

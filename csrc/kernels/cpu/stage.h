@@ -247,21 +247,37 @@ static void stage_task(T* staged, const TapConv& p, const Bands& b, const Task& 
   }
 }
 
-// Runs body(thread slot, task) over all tasks; slots are distinct between concurrent bodies.
+// Runs body(thread slot, task) over all tasks; slots are distinct between concurrent bodies. Every slot has its share of
+// neighbouring tasks, the same share of the map in every layer, so that it finds what it wrote in its own cache; then it
+// helps the others.
 template <class F>
 static void run_tasks(const Env& env, int64_t tasks, const F& body) {
+  constexpr int64_t limit = 64;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   struct Context {
     const F* body;
-    std::atomic<int64_t> next;
-    int64_t tasks;
-  } context{&body, {0}, tasks};
-  const int64_t slots = std::min<int64_t>(env.threads, tasks);
+    int64_t slots;
+    Share share[limit];
+  } context;
+  context.body = &body;
+  context.slots = std::min(std::min<int64_t>(env.threads, tasks), limit);
+  for (int64_t i = 0; i < context.slots; ++i) {
+    context.share[i].next.store(tasks * i / context.slots, std::memory_order_relaxed);
+    context.share[i].end = tasks * (i + 1) / context.slots;
+  }
   env.parallel(
-      slots,
+      context.slots,
       [](int64_t begin, int64_t end, void* ctx) {
         auto* c = static_cast<Context*>(ctx);
         for (int64_t slot = begin; slot < end; ++slot)
-          for (int64_t task; (task = c->next.fetch_add(1, std::memory_order_relaxed)) < c->tasks;) (*c->body)(int(slot), task);
+          for (int64_t k = 0; k < c->slots; ++k) {
+            Share& share = c->share[(slot + k) % c->slots];
+            for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+              (*c->body)(int(slot), task);
+          }
       },
       &context);
 }

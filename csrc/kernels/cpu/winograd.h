@@ -205,9 +205,11 @@ static const ProductSet& products() {
 struct TileBlocks {
   int64_t step_h, step_w;           // dilation
   int64_t tiles_h, tiles_w, tiles;  // per residue of an image; over all residues and images
-  int64_t block, blocks;            // tiles per task
+  int64_t block, blocks, unit;      // most tiles per task; they are cut at multiples of `unit`
   int64_t panels, panels_per_task, splits;
   int64_t width;  // of the widest panel group
+
+  int64_t begin(int64_t index) const { return std::min(tiles, (tiles + unit - 1) / unit * index / blocks * unit); }
 };
 
 static TileBlocks tile_blocks(const TapConv& p, int M, int N, int64_t channels, int64_t outputs, int threads) {
@@ -224,13 +226,19 @@ static TileBlocks tile_blocks(const TapConv& p, int M, int N, int64_t channels, 
   const int64_t budget = LP_REGISTERS == 32 ? 384 * 1024 : 256 * 1024, least = channels > 320 ? 3 : LP_REGISTERS == 32 ? 2 : 1;
   const int64_t groups = std::max(least, budget / (bytes * kTileGroup));
   b.block = std::min<int64_t>(std::min<int64_t>(groups, 6) * kTileGroup, std::max<int64_t>(1, b.tiles));
-  if (threads > 1)
-    b.block = std::max<int64_t>(std::min<int64_t>(kTileGroup, b.block), std::min(b.block, b.tiles / (2 * threads)));
   b.blocks = (b.tiles + b.block - 1) / b.block;
-  b.block = (b.tiles + b.blocks - 1) / b.blocks;
+  b.unit = 1;
+  const int64_t all = (b.tiles + kTileGroup - 1) / kTileGroup;
+  if (threads > 1 && all >= 2 * threads) {
+    // Whole groups, as many for each thread.
+    b.unit = kTileGroup;
+    b.blocks = std::min(all, round_up(b.blocks, threads));
+  }
+  const int64_t units = (b.tiles + b.unit - 1) / b.unit;
+  b.block = (units + b.blocks - 1) / b.blocks * b.unit;
   b.panels = packed_width(outputs) / 8 / 2 + (packed_width(outputs) / 8) % 2;
-  // Few tiles: threads share them and split the outputs.
-  const int64_t wanted = threads > 1 && b.blocks < 2 * threads ? (2 * threads + b.blocks - 1) / b.blocks : 1;
+  // Few tiles: threads share them and split the outputs; each transforms the tiles again.
+  const int64_t wanted = threads > 1 && b.blocks < threads ? (threads + b.blocks - 1) / b.blocks : 1;
   const int64_t unit = b.width / kPanel;
   b.panels_per_task = round_up((b.panels + wanted - 1) / wanted, unit);
   b.splits = (b.panels + b.panels_per_task - 1) / b.panels_per_task;
@@ -387,7 +395,7 @@ static void winograd_tiles(const TapConv& p, const Env& env) {
     s.table.out = reinterpret_cast<int64_t*>(base + input_bytes + product_bytes + staged_bytes);
     s.table.residual = s.table.out + pixels;
     s.pixel_begin = s.table.residual + pixels;
-    const int64_t first = index / t.splits * t.block, count = std::min(t.block, t.tiles - first);
+    const int64_t first = t.begin(index / t.splits), count = t.begin(index / t.splits + 1) - first;
     transform_block<M, N>(p, t, cb, first, count, s);
     const int64_t begin = index % t.splits * t.panels_per_task, end = std::min(t.panels, begin + t.panels_per_task);
     const int64_t rest = outputs % kPanel, full = outputs / kPanel + (rest > 8);
