@@ -21,6 +21,8 @@ class L1Gates(Gates):
     """
 
     price_exponent: ClassVar[float] = 1.0
+    #: least magnitude with which a channel that stays is folded into the weights
+    least_folded: ClassVar[float] = 0.25
 
     def build(self) -> dict[str, nn.Parameter]:
         """The gates themselves."""
@@ -51,3 +53,14 @@ class L1Gates(Gates):
     def zero(self, channels: Tensor) -> None:
         """``b = 0``."""
         self.values[channels] = 0.0
+
+    def final(self) -> Tensor:
+        """``b``, but with a magnitude of at least ``least_folded`` where a channel stays.
+
+        What the penalty shrank and the budget kept would start finetuning as good as dead, its gradients being as small as
+        its gate (the bias that the relaxed lasso takes back, Meinshausen 2007).
+        """
+        values = self.values.detach()
+        sign = torch.where(values < 0, -1.0, 1.0)
+        kept = self.trainable & ~self.dead
+        return torch.where(kept, sign * values.abs().clamp_min(self.least_folded), values)

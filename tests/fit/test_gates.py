@@ -120,6 +120,15 @@ def test_proximal_step_is_the_minimiser(seed: int) -> None:
         assert abs(value - best) <= 1e-3
 
 
+def test_what_stays_is_folded_with_at_least_a_quarter() -> None:
+    gates = l1_gates(6, lr=0.1)
+    gates.trainable[5] = False
+    with torch.no_grad():
+        gates.values.copy_(torch.tensor([0.0, -0.1, 0.6, -1.7, 0.01, 1.0]))
+    gates.snap(torch.tensor([4]))
+    assert torch.equal(gates.final(), torch.tensor([0.25, -0.25, 0.6, -1.7, 0.0, 1.0]))
+
+
 def test_gates_reach_exact_zero_and_snapped_ones_never_move() -> None:
     gates = l1_gates(4, lr=0.1, snap_threshold=0.05)
     gates.trainable[2] = False
