@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..channels.trace import named_tensors
 from ..inputs import ExampleInputs
 from .branches import remove_empty_layers
+from .formats import laid_out, memory_format_of
 from .plan import CompactionPlan, TensorSlice
 from .rules import refresh_attributes
 from .sizes import install
@@ -100,11 +101,7 @@ def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
         keep = torch.ones(piece.size, dtype=torch.bool)
         keep[list(piece.removed)] = False
         index = keep.nonzero().squeeze(1).to(tensor.device)
-        channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-        smaller = tensor.index_select(piece.dim, index)
-        return (
-            smaller.contiguous(memory_format=torch.channels_last) if channels_last else smaller.contiguous()
-        )
+        return laid_out(tensor.index_select(piece.dim, index), memory_format_of(tensor))
 
     result = _edited(model, plan, cut)
     for module in result.modules():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .apply import zeroed_slices
+from .formats import laid_out
 from .plan import CompactionPlan
 
 
@@ -55,10 +56,7 @@ class Cut:
         return self.widen(tensor, values=False) if tuple(tensor.shape) == self.narrow_shape else tensor
 
     def _laid(self, tensor: Tensor) -> Tensor:
-        result = torch.empty(
-            tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=self.memory_format
-        )
-        return result.copy_(tensor)
+        return laid_out(tensor, self.memory_format)
 
 
 def cuts_of(
@@ -82,15 +80,3 @@ def cuts_of(
             tuple(plan.tensors[name]), tuple(narrow), tuple(kept), formats.get(name, torch.contiguous_format)
         )
     return found
-
-
-def memory_format_of(tensor: Tensor) -> torch.memory_format:
-    """By its strides: where sizes are 1, several formats are contiguous at once."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(tensor.dim())
-    if (
-        wanted is not None
-        and torch.empty(tensor.shape, device="meta", memory_format=wanted).stride() == tensor.stride()
-    ):
-        return wanted
-    return torch.contiguous_format

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from ..channels.trace import named_tensors
 from ..errors import CompactionError
 from ..hooks import PrivateHook
-from .cuts import Cut, cuts_of, memory_format_of
+from .cuts import Cut, cuts_of
+from .formats import memory_format_of
 from .plan import CompactionPlan
 from .rules import refresh_attributes, size_attributes
 from .sizes import install, uninstall

@@ -204,3 +204,23 @@ def test_a_foreign_model_is_refused() -> None:
     extra.more = nn.Linear(2, 2)
     with pytest.raises(PlanError, match=r"does not know: more\.bias"):
         mask_channels(extra, None, plan)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_smaller_tensors_have_the_strides_of_fresh_ones(memory_format: torch.memory_format) -> None:
+    """With one input channel, or one that is left, a weight is contiguous in both formats: strides must tell them apart."""
+    net = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), nn.ReLU())
+    net = nn.Sequential(*net, nn.Conv2d(5, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)).to(
+        memory_format=memory_format
+    )
+    x = torch.randn(2, 1, 8, 8).to(memory_format=memory_format)
+    graph = trace_channels(net, x)
+    mask = np.ones(graph.num_channels, dtype=bool)
+    for group, width in zip(graph.groups, (3, 1), strict=False):
+        mask[group.ids.start + width : group.ids.stop] = False
+    small = compact(net, x, CompactionPlan.from_mask(graph, mask))
+    weights = [p for p in small.parameters() if p.dim() == 4]
+    assert [tuple(w.shape[:2]) for w in weights] == [(3, 1), (1, 3), (4, 1)]
+    for weight in weights:
+        assert weight.stride() == torch.empty(weight.shape, memory_format=memory_format).stride()
+    assert small[:1](x).is_contiguous(memory_format=memory_format)

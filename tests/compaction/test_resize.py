@@ -14,7 +14,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_prune import CompactionPlan, compact, mask_channels, trace_channels
 from lightning_prune.channels.narrow import NarrowGraph
-from lightning_prune.compaction.cuts import Cut, memory_format_of
+from lightning_prune.compaction.cuts import Cut
+from lightning_prune.compaction.formats import memory_format_of
 from lightning_prune.compaction.resize import Resizer
 from tests.fit.reconfiguring import NETWORKS
 
