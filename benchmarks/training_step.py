@@ -130,7 +130,7 @@ class Variants:
 
     def ours(self) -> None:
         model, keeper, _ = self._gated()
-        skipper = DeadChannelSkipper(model, self.graph)
+        skipper = DeadChannelSkipper(model, self.graph, self.x[:1])
         skipper.set_mask(self.mask)
         x = self.x.contiguous(memory_format=torch.channels_last)
         self.steps["ours"] = step_of(model, x, self.labels, keeper.zero_dead)

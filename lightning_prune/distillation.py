@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from .channels.trace import undisturbed
 from .compaction.apply import clone_model
-from .inputs import ExampleInputs, call_model
+from .inputs import ExampleInputs
+from .whole_network import whole_network_calls
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -36,29 +35,13 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return divergence.mean() * temperature**2
 
 
-def whole_network_calls(model: nn.Module, inputs: ExampleInputs) -> list[str]:
+def logit_calls(model: nn.Module, inputs: ExampleInputs) -> list[str]:
     """Modules through which ``training_step`` may call the whole network, outermost first; ``""`` is the model itself.
-
-    Those whose call takes an input of the network and returns the network's output as it is: ``self(x)`` and
-    ``self.net(x)`` are the same logits.
 
     Raises:
         MisconfigurationException: the output is not a tensor of logits.
     """
-    given = {id(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
-    names = {module: name for name, module in model.named_modules()}
-    calls: list[tuple[str, bool, Any]] = []
-
-    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((names[module], any(id(leaf) in given for leaf in tree_leaves((args, kwargs))), output))
-
-    handles = [module.register_forward_hook(record, with_kwargs=True) for module in names]
-    try:
-        with undisturbed(model):
-            logits = call_model(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    names, logits = whole_network_calls(model, inputs)
     if (
         not isinstance(logits, Tensor)
         or logits.dim() < 2
@@ -75,8 +58,7 @@ def whole_network_calls(model: nn.Module, inputs: ExampleInputs) -> list[str]:
             f"with at least 2 classes, but {type(model).__name__}.forward returned {found}. Use distill=0, or let forward "
             "return the logits and compute everything else in training_step."
         )
-    found_calls = [name for name, whole, output in calls if whole and output is logits]
-    return sorted(dict.fromkeys(found_calls), key=lambda name: (name != "", name.count(".")))
+    return names
 
 
 class Distiller:
@@ -88,7 +70,7 @@ class Distiller:
     that the student gets, and belongs to nobody's ``parameters()`` or ``state_dict()``.
 
     Args:
-        calls: see :func:`whole_network_calls`.
+        calls: see :func:`logit_calls`.
         weight: factor of the loss.
         temperature: see :func:`distillation_loss`.
     """

@@ -18,7 +18,7 @@ from .compaction import CompactionPlan, compact, mask_channels, max_relative_err
 from .config import PruneConfig
 from .cost import Cost, CostModel
 from .criteria import saliency
-from .distillation import Distiller, whole_network_calls
+from .distillation import Distiller, logit_calls
 from .inputs import ExampleInputs, to_model
 from .latency_budget import measured_seconds
 from .latency_cost import measure_latency_cost
@@ -65,7 +65,7 @@ class PruningFit:
         self.early: dict[str, Tensor] | None = None
         self.distiller: Distiller | None = None
         self.budget: BudgetReport | None = None
-        self._network_calls = whole_network_calls(model, self._inputs_for(model)) if config.distill else []
+        self._network_calls = logit_calls(model, self._inputs_for(model)) if config.distill else []
         self.chooser: MaskChooser | None = None
         if config.plan is not None:
             config.plan.check_model(self.graph.tensors)
@@ -102,7 +102,7 @@ class PruningFit:
             self.chooser.cost = self.cost
             self.chooser.check()
         if config.dead_channel_skipping:
-            self.skipper = DeadChannelSkipper(model, self.graph)
+            self.skipper = DeadChannelSkipper(model, self.graph, self._inputs_for(model))
         if config.reconfigure_every_n_epochs:
             self.reconfigurer = Reconfigurer(model, self.graph, optimizers, rewrap, self._follow)
         if config.distill:

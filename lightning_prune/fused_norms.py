@@ -6,15 +6,16 @@ something is not as expected, the module's plain call runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as module_internals
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .hooks import SLOT, ExchangedCall, hooked
 from .nn._convert import activation_name
 from .ops import ACTIVATIONS
 from .ops.availability import can_run_masked_batch_norm_act, extension_available
@@ -23,8 +24,6 @@ from .timing import faster
 
 #: smaller inputs (elements) are left alone
 LEAST_ELEMENTS = 16_384
-_SLOT = "_compiled_call_impl"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FusedNorms:
@@ -41,9 +40,11 @@ class FusedNorms:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules: list[nn.Module] = []
+        self._norms: dict[nn.BatchNorm2d, _NormCall] = {}
         if not extension_available():
             return
         norms = {m: _NormCall(m) for m in model.modules() if type(m) is nn.BatchNorm2d and _free(m)}
+        self._norms.update(norms)
         for norm_module, call in norms.items():
             self._install(norm_module, call)
         activations: dict[nn.Module, _ActivationCall] = {}
@@ -68,22 +69,26 @@ class FusedNorms:
                 norm.sequences.append(sequence)
 
     def _install(self, module: nn.Module, call: Any) -> None:
-        object.__setattr__(module, _SLOT, call)
+        object.__setattr__(module, SLOT, call)
         self._modules.append(module)
+
+    def norms(self) -> list[nn.BatchNorm2d]:
+        """The norms whose call is exchanged."""
+        return list(self._norms)
+
+    def set_live(self, norm: nn.BatchNorm2d, live: Tensor | None, wanted: Callable[[], bool]) -> None:
+        """Channels of ``norm`` that live, int64, None for all; ``wanted`` says whether maps hold these alone."""
+        self._norms[norm].live, self._norms[norm].wanted = live, wanted
 
     def detach(self) -> None:
         """Every module's call is its own again."""
         for module in self._modules:
-            module.__dict__.pop(_SLOT, None)
+            module.__dict__.pop(SLOT, None)
         self._modules.clear()
 
 
 def _free(module: nn.Module) -> bool:
-    return getattr(module, _SLOT, None) is None
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS) or module_internals._has_any_global_hook()
+    return getattr(module, SLOT, None) is None
 
 
 def _fusable(module: nn.Module) -> bool:
@@ -94,14 +99,7 @@ def _fusable(module: nn.Module) -> bool:
         return False
 
 
-class _Call:
-    """What is called in place of a module; the plain call is ``module._call_impl``."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-
-class _SequenceCall(_Call):
+class _SequenceCall(ExchangedCall):
     """A sequence that knows that it runs as a whole, so that each child's output goes to the next child alone."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -121,7 +119,7 @@ class _SequenceCall(_Call):
                 follower.done = None
 
 
-class _ActivationCall(_Call):
+class _ActivationCall(ExchangedCall):
     """An activation that passes on the one tensor to which it has been applied already."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -136,7 +134,7 @@ class _ActivationCall(_Call):
         return self.module._call_impl(*args, **kwargs)
 
 
-class _NormCall(_Call):
+class _NormCall(ExchangedCall):
     """A batch norm; ``won`` has the verdict of the clock per kind of call."""
 
     module: nn.BatchNorm2d
@@ -145,10 +143,19 @@ class _NormCall(_Call):
         super().__init__(module)
         self.sequences: list[_SequenceCall] = []
         self.won: dict[tuple[Any, ...], bool] = {}
+        self.live: Tensor | None = None
+        self.wanted: Callable[[], bool] = lambda: False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         norm = self.module
-        if torch.compiler.is_compiling() or kwargs or len(args) != 1 or not _allowed(norm, args[0]):
+        if torch.compiler.is_compiling() or kwargs or len(args) != 1:
+            return norm._call_impl(*args, **kwargs)
+        if self.live is not None and isinstance(args[0], Tensor) and args[0].dim() == 4:
+            if args[0].shape[1] == len(self.live):
+                return self._compact(args[0], self.live)
+            if self.wanted():
+                return self._compact(args[0].index_select(1, self.live), self.live)
+        if not _allowed(norm, args[0], LEAST_ELEMENTS):
             return norm._call_impl(*args, **kwargs)
         x, weight, bias = args[0], norm.weight, norm.bias
         needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
@@ -157,11 +164,32 @@ class _NormCall(_Call):
             self.won[key] = _measure(x.detach(), weight, bias, norm.eps, needs)
         if not self.won[key]:
             return norm._call_impl(*args, **kwargs)
+        return self._fused(x, None)
+
+    def _fused(self, x: Tensor, live: Tensor | None) -> Tensor:
         follower = self._follower()
         activation = "none" if follower is None else activation_name(follower.module)
-        y: Tensor = _Norm.apply(x, weight, bias, self, activation)
+        y: Tensor = _Norm.apply(x, self.module.weight, self.module.bias, self, activation, live)
         if follower is not None:
             follower.done = y
+        return y
+
+    def _compact(self, x: Tensor, live: Tensor) -> Tensor:
+        """Of a map of live channels only; parameters and statistics keep their size."""
+        norm = self.module
+        if _allowed(norm, x, 0):
+            return self._fused(x, live)
+        weight, bias, mean, var = (
+            None if t is None else t.index_select(0, live)
+            for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        )
+        if not norm.training and mean is not None:
+            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
+        y = F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
+        if norm.training:
+            moments = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+            of_all = [m.new_zeros(norm.num_features).index_copy(0, live, m) for m in moments]
+            self.record(of_all[1], of_all[0], x.numel() // x.shape[1])
         return y
 
     def _follower(self) -> _ActivationCall | None:
@@ -170,8 +198,8 @@ class _NormCall(_Call):
             return None
         follower = running[0].followers[self]
         # The settings are read now: a module may have changed its class or gained hooks since.
-        plain = _fusable(follower.module) and not _hooked(follower.module)
-        return follower if plain and follower.module.__dict__.get(_SLOT) is follower else None
+        plain = _fusable(follower.module) and not hooked(follower.module)
+        return follower if plain and follower.module.__dict__.get(SLOT) is follower else None
 
     def record(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Running statistics as in ``nn.BatchNorm2d.forward``."""
@@ -187,14 +215,14 @@ class _NormCall(_Call):
             update_running(norm.running_mean, norm.running_var, mean, var, count, momentum)
 
 
-def _allowed(norm: nn.BatchNorm2d, x: Any) -> bool:
-    if not norm.training or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() < LEAST_ELEMENTS:
+def _allowed(norm: nn.BatchNorm2d, x: Any, least: int) -> bool:
+    if not norm.training or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() < least:
         return False
     if x.numel() <= x.shape[1] or torch.is_autocast_enabled(x.device.type) or x.is_cuda:
         return False
     if torch.are_deterministic_algorithms_enabled() or torch.jit.is_tracing():
         return False
-    if _get_current_dispatch_mode() is not None or _hooked(norm):
+    if _get_current_dispatch_mode() is not None or hooked(norm):
         return False
     if any(t is not None and t.dtype != x.dtype for t in (norm.weight, norm.bias)):
         return False
@@ -206,35 +234,49 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _NormCall, activation: str
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        call: _NormCall,
+        activation: str,
+        live: Tensor | None,
     ) -> Tensor:
-        eps = call.module.eps
-        y, mean, var = _forward(x, weight, bias, eps, activation)
+        eps, compact_of = call.module.eps, 0 if live is None else call.module.num_features
+        y, mean, var = _forward(x, weight, bias, eps, activation, live, compact_of)
         # In here, because a checkpointed forward may end when the last tensor is saved, after torch's has recorded.
         call.record(mean, var, x.numel() // x.shape[1])
         ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.settings = eps, activation
+        ctx.settings = live, eps, activation, compact_of
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, var = ctx.saved_tensors
         needs: list[bool] = list(ctx.needs_input_grad[:3])
-        eps, activation = ctx.settings
+        live, eps, activation, compact_of = ctx.settings
         if torch.is_grad_enabled():
             leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+            if live is not None:
+                weight, bias = (None if t is None else t.index_select(0, live) for t in (weight, bias))
             y = ACTIVATIONS[activation](F.batch_norm(x, None, None, weight, bias, True, 0.0, eps))
-            found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
-            return (*(next(found) if need else None for need in needs), None, None)
-        grads = _backward(grad, x, weight, bias, mean, var, eps, activation, needs)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
+            derived = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
+            return (*(next(derived) if need else None for need in needs), None, None, None)
+        found = _backward(grad, x, weight, bias, mean, var, eps, activation, needs, live, compact_of)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
 
 
 def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    live: Tensor | None = None,
+    compact_of: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.lightning_prune.masked_batch_norm_act(
-        x, None, weight, bias, None, None, None, None, eps, activation
+        x, None, weight, bias, None, None, None, live, eps, activation, compact_of
     )
     return found
 
@@ -249,26 +291,13 @@ def _backward(
     eps: float,
     activation: str,
     needs: list[bool],
+    live: Tensor | None = None,
+    compact_of: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, _, grad_weight, grad_bias, _ = torch.ops.lightning_prune.masked_batch_norm_act_backward(
-        grad,
-        x,
-        None,
-        weight,
-        bias,
-        None,
-        mean,
-        var,
-        None,
-        True,
-        eps,
-        activation,
-        needs[0],
-        False,
-        needs[1],
-        needs[2],
-        False,
-    )
+        grad, x, None, weight, bias, None, mean, var, live, True, eps, activation,
+        needs[0], False, needs[1], needs[2], False, compact_of,
+    )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 
 

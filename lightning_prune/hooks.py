@@ -1,9 +1,16 @@
-"""Hooks that stay with their module: copies and pickles get one that does nothing in its place."""
+"""Hooks, marks and exchanged calls that stay with their module: copies and pickles of it go without."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as internals
+
+#: where ``nn.Module`` looks for an exchanged call, which copies and pickles leave out
+SLOT = "_compiled_call_impl"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _nothing(*unused: Any, **unused_too: Any) -> None:
@@ -22,3 +29,33 @@ class PrivateHook:
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _make_nothing, ()
+
+
+def is_private(hook: Any) -> bool:
+    """Whether a hook is ours, or what a copy has in place of one."""
+    return isinstance(hook, PrivateHook) or hook is _nothing
+
+
+class Marker:
+    """A mark on a module, with a value; a copy of the module has None in its place."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return type(None), ()
+
+
+class ExchangedCall:
+    """What is called in place of a module; the plain call is ``module._call_impl``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of any kind."""
+    return any(getattr(module, name) for name in HOOKS) or bool(internals._has_any_global_hook())

@@ -90,6 +90,7 @@ struct MaskedForward {
   const void* gate;
   const void* in_gate;  // multiplies the inputs, or nullptr; CPU
   IndexList live_in, live_out;
+  bool compact_maps;  // x and y hold live channels only; CPU
   Act act;
   Algorithm algorithm;
 };
@@ -103,6 +104,7 @@ struct MaskedBackward {
   const void* gate;
   const void* in_gate;
   IndexList live_in, live_out;
+  bool compact_maps;  // so do grad_y, saved, x and grad_x
   Act act;
   View grad_x;  // data == nullptr: not wanted; all gradients arrive zero-filled, unless every element is live
   void* grad_weight;
@@ -120,7 +122,8 @@ struct BatchNorm {
   bool channels_last;
   DType dtype;
   const void *x, *residual, *weight, *bias, *gate;  // residual, weight, bias, gate: or nullptr
-  IndexList live;
+  IndexList live;        // of the maps
+  const int64_t* place;  // of each channel of the maps in the vectors, or nullptr: they are alike
   bool training;  // forward: writes mean and var (biased) from x; backward: they depend on x
   double eps;
   Act act;

@@ -8,6 +8,7 @@ namespace {
 // Arguments in x's own memory order; kept alive while the kernels read them.
 struct NormArguments {
   Tensor x;
+  int64_t channels;  // of the vectors
   std::optional<Tensor> residual, weight, bias, gate, live;
   BatchNorm p;
 };
@@ -32,13 +33,13 @@ void check_map(const char* op, const char* name, const Tensor& t, const Tensor& 
 
 NormArguments check(const char* op, const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
                     const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const std::optional<Tensor>& live,
-                    bool training, double eps, const std::string& activation) {
+                    bool training, double eps, const std::string& activation, int64_t compact_of) {
   if (x.dim() != 4) fail(op, ": x must be 4-D (N, C, H, W); got shape ", show_shape(x));
   if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)
     fail(op, ": x must be float32 or float64; got ", dtype_name(x.scalar_type()), " (cast with x.float())");
   if (eps < 0) fail(op, ": eps must not be negative; got ", eps);
-  const int64_t channels = x.size(1);
-  NormArguments a{is_channels_last(x) ? x : torch::stable::contiguous(x), {}, {}, {}, {}, {}, {}};
+  const int64_t channels = compact_of > 0 ? compact_of : x.size(1);
+  NormArguments a{is_channels_last(x) ? x : torch::stable::contiguous(x), channels, {}, {}, {}, {}, {}, {}};
   if (residual) {
     check_map(op, "residual", *residual, x);
     a.residual = laid_out(*residual, a.x);
@@ -49,7 +50,7 @@ NormArguments check(const char* op, const Tensor& x, const std::optional<Tensor>
   if (live) a.live = index_argument(op, "live", *live, channels, Order::sorted, x);
   BatchNorm& p = a.p;
   p.n = x.size(0);
-  p.channels = channels;
+  p.channels = x.size(1);
   p.pixels = x.size(2) * x.size(3);
   p.channels_last = pixels_by_channels(a.x);
   p.dtype = x.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
@@ -58,7 +59,14 @@ NormArguments check(const char* op, const Tensor& x, const std::optional<Tensor>
   p.weight = data_of(a.weight);
   p.bias = data_of(a.bias);
   p.gate = data_of(a.gate);
-  p.live = IndexList{a.live ? static_cast<const int64_t*>(a.live->data_ptr()) : nullptr, a.live ? a.live->size(0) : channels};
+  p.live = IndexList{nullptr, x.size(1)};
+  if (compact_of > 0 && (!a.live || a.live->size(0) != x.size(1)))
+    fail(op, ": with compact_of x must have one channel for each of live; got x of shape ", show_shape(x), " and ",
+         a.live ? show_shape(*a.live) : "None", " for live");
+  if (compact_of > 0)
+    p.place = static_cast<const int64_t*>(a.live->data_ptr());
+  else if (a.live)
+    p.live = IndexList{static_cast<const int64_t*>(a.live->data_ptr()), a.live->size(0)};
   p.training = training;
   p.eps = eps;
   p.act = parse_activation(op, activation);
@@ -74,13 +82,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& x, const std::op
                                                   const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                                                   const std::optional<Tensor>& gate, const std::optional<Tensor>& mean,
                                                   const std::optional<Tensor>& var, const std::optional<Tensor>& live,
-                                                  double eps, const std::string& activation) {
+                                                  double eps, const std::string& activation, int64_t compact_of) {
   const char* op = "masked_batch_norm_act";
   if (mean.has_value() != var.has_value()) fail(op, ": give both mean and var, or neither to take them from x");
-  NormArguments a = check(op, x, residual, weight, bias, gate, live, !mean, eps, activation);
+  NormArguments a = check(op, x, residual, weight, bias, gate, live, !mean, eps, activation, compact_of);
   Tensor y = new_output(a.x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-  Tensor used_mean = mean ? copy_of(vector_argument(op, "mean", *mean, x.size(1), x)) : zeros_on(x, {x.size(1)});
-  Tensor used_var = var ? copy_of(vector_argument(op, "var", *var, x.size(1), x)) : zeros_on(x, {x.size(1)});
+  Tensor used_mean = mean ? copy_of(vector_argument(op, "mean", *mean, a.channels, x)) : zeros_on(x, {a.channels});
+  Tensor used_var = var ? copy_of(vector_argument(op, "var", *var, a.channels, x)) : zeros_on(x, {a.channels});
   a.p.y = y.data_ptr();
   a.p.mean = used_mean.data_ptr();
   a.p.var = used_var.data_ptr();
@@ -93,21 +101,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const Tensor& mean, const Tensor& var,
     const std::optional<Tensor>& live, bool training, double eps, const std::string& activation, bool need_x,
-    bool need_residual, bool need_weight, bool need_bias, bool need_gate) {
+    bool need_residual, bool need_weight, bool need_bias, bool need_gate, int64_t compact_of) {
   const char* op = "masked_batch_norm_act_backward";
-  NormArguments a = check(op, x, residual, weight, bias, gate, live, training, eps, activation);
+  NormArguments a = check(op, x, residual, weight, bias, gate, live, training, eps, activation, compact_of);
   check_map(op, "grad_y", grad_y, x);
   if (need_residual && !residual) fail(op, ": need_residual is set but residual is None");
   if (need_weight && !weight) fail(op, ": need_weight is set but weight is None");
   if (need_bias && !bias) fail(op, ": need_bias is set but bias is None");
   if (need_gate && !gate) fail(op, ": need_gate is set but gate is None");
   const Tensor grad = laid_out(grad_y, a.x);
-  const Tensor means = vector_argument(op, "mean", mean, x.size(1), x), vars = vector_argument(op, "var", var, x.size(1), x);
+  const Tensor means = vector_argument(op, "mean", mean, a.channels, x), vars = vector_argument(op, "var", var, a.channels, x);
   const Sizes map{x.size(0), x.size(1), x.size(2), x.size(3)}, none{0, 0, 0, 0};
   Tensor grad_x = new_output(a.x, need_x ? map : none), grad_residual = new_output(a.x, need_residual ? map : none);
   Tensor vectors[3];
   const bool needs[3] = {need_weight, need_bias, need_gate};
-  for (int i = 0; i < 3; ++i) vectors[i] = zeros_on(x, {needs[i] ? x.size(1) : 0});
+  for (int i = 0; i < 3; ++i) vectors[i] = zeros_on(x, {needs[i] ? a.channels : 0});
   BatchNorm& p = a.p;
   p.grad_y = grad.data_ptr();
   p.mean = means.data_ptr();
@@ -127,11 +135,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
   m.def(
       "masked_batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gate, Tensor? mean, "
-      "Tensor? var, Tensor? live, float eps, str activation) -> (Tensor, Tensor, Tensor)");
+      "Tensor? var, Tensor? live, float eps, str activation, int compact_of=0) -> (Tensor, Tensor, Tensor)");
   m.def(
       "masked_batch_norm_act_backward(Tensor grad_y, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gate, "
       "Tensor mean, Tensor var, Tensor? live, bool training, float eps, str activation, bool need_x, bool need_residual, "
-      "bool need_weight, bool need_bias, bool need_gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool need_weight, bool need_bias, bool need_gate, int compact_of=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) {

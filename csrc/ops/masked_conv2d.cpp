@@ -8,6 +8,7 @@ namespace {
 // Contiguous, checked arguments; kept alive while the kernels read them.
 struct Arguments {
   ConvShape shape;
+  int64_t x_channels, y_channels;  // of the maps
   std::optional<Tensor> bias, gate, in_gate, live_in, live_out;
   DType dtype;
   Act act;
@@ -24,7 +25,7 @@ Algorithm parse_algorithm(const char* op, const std::string& name) {
 Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                 const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in, const std::optional<Tensor>& live_out,
                 const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups, const std::string& activation,
-                const std::string& algorithm, const std::optional<Tensor>& in_gate) {
+                const std::string& algorithm, const std::optional<Tensor>& in_gate, bool compact_maps) {
   if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)
     fail(op, ": x must be float32 or float64; got ", dtype_name(x.scalar_type()), " (cast with x.float())");
   if (weight.scalar_type() != x.scalar_type())
@@ -32,8 +33,12 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std
   if (weight.is_cuda() != x.is_cuda()) fail(op, ": weight must be on the same device as x");
   Arguments a;
   const auto sizes = weight.sizes();
+  if (compact_maps && x.is_cuda()) fail(op, ": compact_maps runs on the CPU");
+  const bool other_inputs = compact_maps && live_in && weight.dim() == 4;
   a.shape = conv_shape(op, x, Sizes(sizes.data(), sizes.data() + sizes.size()), stride, padding, dilation, groups,
-                       x.dim() == 4 ? x.size(1) : 0);
+                       other_inputs   ? weight.size(1) * groups
+                       : x.dim() == 4 ? x.size(1)
+                                      : 0);
   if (bias) a.bias = vector_argument(op, "bias", *bias, a.shape.outputs, x);
   if (gate) a.gate = vector_argument(op, "gate", *gate, a.shape.outputs, x);
   if (in_gate && x.is_cuda()) fail(op, ": in_gate runs on the CPU; multiply the weight by it");
@@ -45,6 +50,10 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std
   }
   if (live_in) a.live_in = index_argument(op, "live_in", *live_in, a.shape.channels, Order::sorted, x);
   if (live_out) a.live_out = index_argument(op, "live_out", *live_out, a.shape.outputs, Order::sorted, x);
+  a.x_channels = other_inputs ? a.live_in->size(0) : a.shape.channels;
+  a.y_channels = compact_maps && live_out ? a.live_out->size(0) : a.shape.outputs;
+  if (x.size(1) != a.x_channels)
+    fail(op, ": with compact_maps x must have one channel for each of live_in, ", a.x_channels, "; got shape ", show_shape(x));
   a.dtype = x.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
   a.act = parse_activation(op, activation);
   a.algorithm = parse_algorithm(op, algorithm);
@@ -60,13 +69,13 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const std::optional<
                      const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in,
                      const std::optional<Tensor>& live_out, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
                      int64_t groups, const std::string& activation, const std::string& algorithm,
-                     const std::optional<Tensor>& in_gate) {
+                     const std::optional<Tensor>& in_gate, bool compact_maps) {
   const Arguments a = check("masked_conv2d", x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups,
-                            activation, algorithm, in_gate);
+                            activation, algorithm, in_gate, compact_maps);
   const ConvShape& s = a.shape;
-  Tensor y = new_output(x, {s.n, s.outputs, s.out_h, s.out_w});
+  Tensor y = new_output(x, {s.n, a.y_channels, s.out_h, s.out_w});
   const IndexList out = list_of(a.live_out, s.outputs);
-  if (out.count < s.outputs) torch::stable::zero_(y);
+  if (out.count < a.y_channels) torch::stable::zero_(y);
   MaskedForward f{};
   f.shape = s;
   f.dtype = a.dtype;
@@ -78,6 +87,7 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const std::optional<
   f.in_gate = data_of(a.in_gate);
   f.live_in = list_of(a.live_in, s.channels);
   f.live_out = out;
+  f.compact_maps = compact_maps;
   f.act = a.act;
   f.algorithm = a.algorithm;
   Scratch scratch(x);
@@ -95,12 +105,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in,
     const std::optional<Tensor>& live_out, const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
     const std::string& activation, bool need_x, bool need_weight, bool need_bias, bool need_gate, const std::string& algorithm,
-    const std::optional<Tensor>& in_gate, bool need_in_gate) {
+    const std::optional<Tensor>& in_gate, bool need_in_gate, bool compact_maps) {
   const char* op = "masked_conv2d_backward";
-  const Arguments a =
-      check(op, x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups, activation, algorithm, in_gate);
+  const Arguments a = check(op, x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups, activation,
+                            algorithm, in_gate, compact_maps);
   const ConvShape& s = a.shape;
-  const Sizes out_shape{s.n, s.outputs, s.out_h, s.out_w};
+  const Sizes out_shape{s.n, a.y_channels, s.out_h, s.out_w};
   const auto check_output = [&](const char* name, const Tensor& t) {
     if (show_shape(t) != show(out_shape) || t.scalar_type() != x.scalar_type())
       fail(op, ": ", name, " must be ", dtype_name(x.scalar_type()), " of shape ", show(out_shape), "; got ",
@@ -113,9 +123,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   if (need_bias && !bias) fail(op, ": need_bias is set but bias is None");
   if (need_gate && !gate) fail(op, ": need_gate is set but gate is None");
   if (need_in_gate && !in_gate) fail(op, ": need_in_gate is set but in_gate is None");
-  Tensor grad_x = new_output(x, need_x ? Sizes{s.n, s.channels, s.height, s.width} : Sizes{0, 0, 0, 0});
-  const bool all_written = s.stride_h == 1 && s.stride_w == 1 && s.dil_h == 1 && s.dil_w == 1 && !a.live_in &&
-                           (!a.live_out || a.live_out->size(0) == s.outputs) && s.outputs > 0 && s.groups == 1;
+  Tensor grad_x = new_output(x, need_x ? Sizes{s.n, a.x_channels, s.height, s.width} : Sizes{0, 0, 0, 0});
+  // Every pixel is reached by a tap, and every channel of the map is computed.
+  const bool reached = s.stride_h <= s.kh && s.stride_w <= s.kw && s.dil_h == 1 && s.dil_w == 1 && s.groups == 1;
+  const bool every_channel = !a.live_in || compact_maps;
+  const bool all_written = reached && every_channel && list_of(a.live_out, s.outputs).count > 0;
   if (need_x && !all_written) torch::stable::zero_(grad_x);
   const auto wsizes = weight.sizes();
   const Sizes weight_shape = need_weight ? Sizes(wsizes.data(), wsizes.data() + 4) : Sizes{0, 0, 0, 0};
@@ -137,6 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   f.gate = data_of(a.gate);
   f.live_in = list_of(a.live_in, s.channels);
   f.live_out = list_of(a.live_out, s.outputs);
+  f.compact_maps = compact_maps;
   f.act = a.act;
   f.algorithm = a.algorithm;
   if (need_x) f.grad_x = view_of(grad_x);
@@ -164,12 +177,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
   m.def(
       "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? live_in, Tensor? live_out, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups, str activation, str algorithm=\"auto\", "
-      "Tensor? in_gate=None) -> Tensor");
+      "Tensor? in_gate=None, bool compact_maps=False) -> Tensor");
   m.def(
       "masked_conv2d_backward(Tensor grad_y, Tensor? saved, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, "
       "Tensor? live_in, Tensor? live_out, int[2] stride, int[2] padding, int[2] dilation, int groups, str activation, "
       "bool need_x, bool need_weight, bool need_bias, bool need_gate, str algorithm=\"auto\", "
-      "Tensor? in_gate=None, bool need_in_gate=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? in_gate=None, bool need_in_gate=False, bool compact_maps=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) {

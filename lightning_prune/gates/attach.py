@@ -23,6 +23,8 @@ from ..channels.groups import ChannelGraph
 
 #: A module with this attribute multiplies its own weight's columns by IN_GATE, shape [inputs], during its forward call.
 TAKES_GATES, IN_GATE = "_takes_gates", "_in_gate"
+#: the value of this mark on a module is an int64 tensor: the inputs that a narrower map has
+LIVE_INPUTS = "_live_inputs"
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ class GateHooks:
     def _laid_out(self, module: nn.Module, x: Tensor, factors: Tensor) -> Tensor:
         """``factors`` of shape [batch or 1, num_channels] so that they broadcast against the module's input ``x``."""
         dim, index = self._inputs[module]
+        if x.shape[dim] != len(index):
+            index = index[module.__dict__[LIVE_INPUTS].value]
         padded = torch.cat([factors, factors.new_ones(len(factors), 1)], dim=1)[:, index]
         shape = [1] * x.dim()
         shape[0], shape[dim] = len(factors), -1

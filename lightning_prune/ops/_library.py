@@ -53,9 +53,11 @@ def _masked_conv2d_fake(
     activation: str,
     algorithm: str = "auto",
     in_gate: Tensor | None = None,
+    compact_maps: bool = False,
 ) -> Tensor:
     height, width = _spatial(x, weight.shape[2:], stride, padding, dilation)
-    return new_output(x, (x.shape[0], weight.shape[0], height, width))
+    outputs = live_out.shape[0] if compact_maps and live_out is not None else weight.shape[0]
+    return new_output(x, (x.shape[0], outputs, height, width))
 
 
 def _masked_conv2d_backward_fake(
@@ -79,6 +81,7 @@ def _masked_conv2d_backward_fake(
     algorithm: str = "auto",
     in_gate: Tensor | None = None,
     need_in_gate: bool = False,
+    compact_maps: bool = False,
 ) -> tuple[Tensor, ...]:
     outputs = weight.shape[0]
     return (
@@ -89,7 +92,7 @@ def _masked_conv2d_backward_fake(
         ),
         x.new_empty((outputs if need_bias else 0,)),
         x.new_empty((outputs if need_gate else 0,)),
-        x.new_empty((x.shape[1] if need_in_gate else 0,)),
+        x.new_empty((weight.shape[1] * groups if need_in_gate else 0,)),
     )
 
 
@@ -134,7 +137,7 @@ def _compact_conv2d_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, gate, live_in, live_out, *settings, in_gate = inputs
+    x, weight, bias, gate, live_in, live_out, *settings, in_gate, ctx.compact_maps = inputs
     ctx.settings = settings
     saved = output if settings[-2] in DERIVATIVE_FROM_OUTPUT else None
     ctx.save_for_backward(x, weight, bias, gate, live_in, live_out, saved, in_gate)
@@ -147,14 +150,14 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     if activation != "none" and saved is None:
         # Recomputing the value before the activation is cheaper in memory than keeping a second activation map.
         saved = op.masked_conv2d(
-            x, weight, bias, gate, live_in, live_out, *settings, "none", algorithm, in_gate
+            x, weight, bias, gate, live_in, live_out, *settings, "none", algorithm, in_gate, ctx.compact_maps
         )
     # Arguments left at their defaults are not among the inputs.
     needs = [*ctx.needs_input_grad[:4], any(ctx.needs_input_grad[12:])]
     arguments = (grad_y, saved, x, weight, bias, gate, live_in, live_out, *settings, activation)
-    grads = op.masked_conv2d_backward(*arguments, *needs[:4], algorithm, in_gate, needs[4])
+    grads = op.masked_conv2d_backward(*arguments, *needs[:4], algorithm, in_gate, needs[4], ctx.compact_maps)
     *found, in_gate_grad = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (*found, *([None] * 8), in_gate_grad)
+    return (*found, *([None] * 8), in_gate_grad, None)
 
 
 def _no_second_order(ctx: Any, *grads: Tensor) -> Any:

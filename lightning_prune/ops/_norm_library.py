@@ -24,52 +24,59 @@ def _map(x: Tensor, wanted: bool = True) -> Tensor:
     )
 
 
-def _fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    live: Tensor | None,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _map(x), x.new_empty((x.shape[1],)), x.new_empty((x.shape[1],))
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    channels = _channels(x, rest, 9)
+    return _map(x), x.new_empty((channels,)), x.new_empty((channels,))
 
 
 def _backward_fake(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    needs = rest[-5:]
-    channels = x.shape[1]
+    channels, needs = _channels(x, rest, 15), rest[10:15]
     vectors = (x.new_empty((channels if need else 0,)) for need in needs[2:])
     return (_map(x, needs[0]), _map(x, needs[1]), *vectors)
 
 
+def _channels(x: Tensor, rest: tuple[Any, ...], position: int) -> Any:
+    """Length of the vectors: the last argument, ``compact_of``, if it is given and not zero."""
+    return (rest[position] if len(rest) > position else 0) or x.shape[1]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, gate, mean, _, live, eps, activation = inputs
+    x, residual, weight, bias, gate, mean, _, live, eps, activation, compact_of = inputs
     _, used_mean, used_var = output
     ctx.mark_non_differentiable(used_mean, used_var)
     ctx.save_for_backward(
         x, residual if activation != "none" else None, weight, bias, gate, used_mean, used_var, live
     )
-    ctx.settings = (mean is None, eps, activation)
+    ctx.settings = (mean is None, eps, activation, compact_of)
     ctx.has_residual = residual is not None
 
 
 def _backward(ctx: Any, grad_y: Tensor, *unused: Tensor) -> tuple[Any, ...]:
     x, residual, weight, bias, gate, mean, var, live = ctx.saved_tensors
-    training, eps, activation = ctx.settings
+    training, eps, activation, compact_of = ctx.settings
     needs = list(ctx.needs_input_grad[:5])
     if residual is None and needs[1]:  # without an activation its gradient is the output's
         needs[1] = False
     grads = torch.ops.lightning_prune.masked_batch_norm_act_backward(
-        grad_y, x, residual, weight, bias, gate, mean, var, live, training, eps, activation, *needs
+        grad_y,
+        x,
+        residual,
+        weight,
+        bias,
+        gate,
+        mean,
+        var,
+        live,
+        training,
+        eps,
+        activation,
+        *needs,
+        compact_of,
     )
     found = [g if need else None for g, need in zip(grads, needs, strict=True)]
     if ctx.has_residual and residual is None and ctx.needs_input_grad[1]:
         found[1] = grad_y
-    return (*found, None, None, None, None, None)
+    return (*found, None, None, None, None, None, None)
 
 
 def _no_second_order(ctx: Any, *grads: Tensor) -> Any:

@@ -26,6 +26,10 @@ def _column(vector: Tensor) -> Tensor:
     return vector[:, None, None]
 
 
+def _picked(vector: Tensor | None, live: Tensor) -> Tensor | None:
+    return None if vector is None else vector.index_select(0, live)
+
+
 def _alive(live: Tensor | None, x: Tensor) -> Tensor:
     """Ones of the live channels, bool of shape (C, 1, 1)."""
     mask = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
@@ -68,12 +72,20 @@ def masked_batch_norm_act(
     live: Tensor | None,
     eps: float,
     activation: str,
+    compact_of: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reference of the operator: output, and the mean and biased variance that were used, shape (C,) each.
 
     ``mean`` and ``var`` are taken from ``x`` where they are None; those of dead channels are then zero. Differentiable to
-    any order by torch itself.
+    any order by torch itself. With ``compact_of`` the maps hold the ``live`` channels of so many, all of which are in the
+    vectors.
     """
+    if compact_of:
+        assert live is not None
+        weight, bias, gate, mean, var = (_picked(v, live) for v in (weight, bias, gate, mean, var))
+        y, *moments = masked_batch_norm_act(x, residual, weight, bias, gate, mean, var, None, eps, activation)
+        used_mean, used_var = (m.new_zeros(compact_of).index_copy(0, live, m) for m in moments)
+        return y, used_mean, used_var
     function = activation_function(activation)
     alive = _alive(live, x)
     x = torch.where(alive, x, x.new_zeros(()))
@@ -103,8 +115,18 @@ def masked_batch_norm_act_backward(
     need_weight: bool,
     need_bias: bool,
     need_gate: bool,
+    compact_of: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, residual, weight, bias and gate in closed form; empty where not needed."""
+    if compact_of:
+        assert live is not None
+        weight, bias, gate = (_picked(v, live) for v in (weight, bias, gate))
+        grad_x, grad_residual, *grads = masked_batch_norm_act_backward(
+            grad_y, x, residual, weight, bias, gate, mean.index_select(0, live), var.index_select(0, live), None,
+            training, eps, activation, need_x, need_residual, need_weight, need_bias, need_gate,
+        )  # fmt: skip
+        full = (g.new_zeros(compact_of).index_copy(0, live, g) if g.numel() else g for g in grads)
+        return grad_x, grad_residual, *full  # type: ignore[return-value]
     alive = _alive(live, x)
     zero = x.new_zeros(())
     x = torch.where(alive, x, zero)

@@ -42,6 +42,22 @@ const uint8_t* live_mask(const Env& env, const IndexList& live, int64_t channels
   return mask;
 }
 
+// The same lists as places in a map: the channels themselves, or their ranks among the live ones.
+ChannelLists places(const Env& env, const ChannelLists& l, const int64_t* place) {
+  if (!place) return l;
+  ChannelLists found{scratch<int64_t>(env, l.count()), l.begin, l.groups};
+  for (int64_t i = 0; i < l.count(); ++i) found.ids[i] = place[l.ids[i]];
+  return found;
+}
+
+// place[c]: where channel c lies in a map of live channels only; nullptr: maps hold all channels.
+const int64_t* ranks(const Env& env, const IndexList& live, int64_t channels, bool compact) {
+  if (!compact || live.count == channels) return nullptr;
+  int64_t* place = scratch<int64_t>(env, channels);
+  for (int64_t i = 0; i < live.count; ++i) place[live[i]] = i;
+  return place;
+}
+
 // Depthwise outputs whose input channel is alive, as chunks, with that input beside each; `rest` are the others.
 struct DepthwiseLists {
   ChannelLists in, out, rest;
@@ -210,15 +226,17 @@ void forward(const MaskedForward& f, const Env& env) {
   TapConv p = forward_geometry(f.shape, f.x, taps);
   p.out = f.y;
   p.act = f.act;
+  const int64_t* in_place = ranks(env, f.live_in, f.shape.channels, f.compact_maps);
+  const int64_t* out_place = ranks(env, f.live_out, f.shape.outputs, f.compact_maps);
   if (is_depthwise(f.shape)) {
     const DepthwiseLists d = depthwise_lists(env, f.shape, f.live_in, f.live_out);
     const Affine<T> rest = make_affine<T>(env, f.bias, f.gate, d.rest.ids, d.rest.count());
-    fill_channels(p, d.rest, rest.scale, rest.shift, f.dtype, env);
+    fill_channels(p, places(env, d.rest, out_place), rest.scale, rest.shift, f.dtype, env);
     if (d.out.count() == 0) return;
     const Affine<T> a = make_affine<T>(env, f.bias, f.gate, d.out.ids, d.out.count());
     p.scale = a.scale;
     p.shift = a.shift;
-    use_lists(p, d.in, d.out);
+    use_lists(p, places(env, d.in, in_place), places(env, d.out, out_place));
     pack_depthwise<T>(p, env, f.weight, taps, d.in, d.out, nullptr, static_cast<const T*>(f.in_gate));
     run_conv(f.dtype, p, env);
     return;
@@ -229,7 +247,7 @@ void forward(const MaskedForward& f, const Env& env) {
   const Affine<T> a = make_affine<T>(env, f.bias, f.gate, outs.ids, outs.count());
   p.scale = a.scale;
   p.shift = a.shift;
-  use_lists(p, ins, outs);
+  use_lists(p, places(env, ins, in_place), places(env, outs, out_place));
   if constexpr (std::is_same_v<T, float>) {
     const int tile = winograd_tile(f.algorithm, f.dtype, f.shape, ins.count(), outs.count(), p.rows, p.cols);
     if (tile > 0) {
@@ -246,12 +264,18 @@ int64_t floor_div_exact(int64_t a, int64_t b, bool& exact) {
   return a / b;
 }
 
+// Live channels of a backward call: as indices of the weight, and as places in the maps.
+struct Lists {
+  ChannelLists ins, outs;   // in the weight
+  ChannelLists x, grad_y;  // in x and its gradient; in the output's gradient
+};
+
 // The input gradient is, for each residue of the input position modulo the stride, a stride-1 convolution of the output
 // gradient with the taps that reach that residue: no zero insertion, no scatter.
 template <class T>
-void input_grad(const MaskedBackward& f, const View& grad, const ChannelLists& ins, const ChannelLists& outs,
-                const ChannelLists& grad_ids, bool depthwise, const Env& env) {
+void input_grad(const MaskedBackward& f, const View& grad, const Lists& live, bool depthwise, const Env& env) {
   const ConvShape& s = f.shape;
+  const ChannelLists &ins = live.ins, &outs = live.outs;
   for (int64_t a = 0; a < std::min(s.stride_h, s.height); ++a)
     for (int64_t b = 0; b < std::min(s.stride_w, s.width); ++b) {
       Taps taps = make_taps(env, s.kh * s.kw);
@@ -280,7 +304,7 @@ void input_grad(const MaskedBackward& f, const View& grad, const ChannelLists& i
       const View& gx = f.grad_x;
       p.out = View{static_cast<T*>(gx.data) + a * gx.h + b * gx.w, gx.n, gx.c, gx.h * s.stride_h, gx.w * s.stride_w};
       if (taps.count == 0) continue;  // grad_x is already zero
-      use_lists(p, grad_ids, ins);
+      use_lists(p, live.grad_y, live.x);
       if constexpr (std::is_same_v<T, float>) {
         const int tile = winograd_tile(f.algorithm, f.dtype, s, ins.count(), outs.count(), p.rows, p.cols);
         if (tile > 0 && !depthwise) {
@@ -393,13 +417,13 @@ void finish_weight_grad(const MaskedBackward& f, const TapWeightGrad& w, const C
 }
 
 template <class T>
-void weight_grad(const MaskedBackward& f, const View& grad, const ChannelLists& ins, const ChannelLists& outs,
-                 const ChannelLists& grad_ids, bool depthwise, const Env& env) {
+void weight_grad(const MaskedBackward& f, const View& grad, const Lists& live, bool depthwise, const Env& env) {
+  const ChannelLists &ins = live.ins, &outs = live.outs;
   if (outs.count() == 0) return;
   const Taps taps = forward_taps(env, f.shape);
   TapWeightGrad w{};
   w.conv = forward_geometry(f.shape, f.x, taps);
-  use_lists(w.conv, ins, grad_ids);
+  use_lists(w.conv, live.x, live.grad_y);
   w.conv.depthwise = depthwise;
   w.grad = grad;
   int64_t* begin = scratch<int64_t>(env, outs.groups + 1);
@@ -441,44 +465,37 @@ void backward(const MaskedBackward& f, const Env& env) {
   const ConvShape& s = f.shape;
   View grad = f.grad_y;
   const int64_t live = f.live_out.count;
-  // compact[o]: where output o lies in `grad`.
-  int64_t* position = scratch<int64_t>(env, s.outputs);
-  for (int64_t i = 0; i < live; ++i) position[f.live_out[i]] = f.live_out[i];
+  const int64_t* in_place = ranks(env, f.live_in, s.channels, f.compact_maps);
+  const int64_t* out_place = ranks(env, f.live_out, s.outputs, f.compact_maps);
   if (f.act != Act::none && live > 0) {
     int64_t* ids = scratch<int64_t>(env, live);
-    for (int64_t i = 0; i < live; ++i) {
-      ids[i] = f.live_out[i];
-      position[ids[i]] = i;
-    }
+    for (int64_t i = 0; i < live; ++i) ids[i] = out_place ? i : f.live_out[i];
     grad = View{scratch<T>(env, s.n * s.out_h * s.out_w * live), s.out_h * s.out_w * live, 1, s.out_w * live, live};
     const ActGrad a{f.grad_y, f.saved, s.n, s.out_h, s.out_w, ids, live, grad.data, f.act};
     level().act_grad[f.dtype == DType::f64](a, env);
+    out_place = ranks(env, f.live_out, s.outputs, true);
   }
-  const auto positions = [&](const ChannelLists& outs) {
-    ChannelLists l{scratch<int64_t>(env, outs.count()), outs.begin, outs.groups};
-    for (int64_t i = 0; i < outs.count(); ++i) l.ids[i] = position[outs.ids[i]];
-    return l;
+  const auto lists = [&](const ChannelLists& ins, const ChannelLists& outs) {
+    return Lists{ins, outs, places(env, ins, in_place), places(env, outs, out_place)};
   };
   const bool wants_weight = f.grad_weight || f.grad_bias || f.grad_gate || f.grad_in_gate;
   if (is_depthwise(s)) {
     const DepthwiseLists d = depthwise_lists(env, s, f.live_in, f.live_out);
     if (wants_weight) {
-      weight_grad<T>(f, grad, d.in, d.out, positions(d.out), true, env);
+      weight_grad<T>(f, grad, lists(d.in, d.out), true, env);
       if (d.rest.count() > 0) {  // their input is dead: only bias and gate are left
         ChannelLists none = make_lists(env, 0, 1);
         none.begin[1] = 0;
-        weight_grad<T>(f, grad, none, d.rest, positions(d.rest), false, env);
+        weight_grad<T>(f, grad, lists(none, d.rest), false, env);
       }
     }
-    if (f.grad_x.data && s.outputs == s.groups && d.out.count() > 0)
-      input_grad<T>(f, grad, d.in, d.out, positions(d.out), true, env);
+    if (f.grad_x.data && s.outputs == s.groups && d.out.count() > 0) input_grad<T>(f, grad, lists(d.in, d.out), true, env);
     if (s.outputs == s.groups) return;
   }
   const ChannelLists ins = split_groups(env, f.live_in, s.channels, int(s.groups));
-  const ChannelLists outs = split_groups(env, f.live_out, s.outputs, int(s.groups));
-  const ChannelLists grad_ids = positions(outs);
-  if (f.grad_x.data && ins.count() > 0 && outs.count() > 0) input_grad<T>(f, grad, ins, outs, grad_ids, false, env);
-  if (wants_weight && !is_depthwise(s)) weight_grad<T>(f, grad, ins, outs, grad_ids, false, env);
+  const Lists all = lists(ins, split_groups(env, f.live_out, s.outputs, int(s.groups)));
+  if (f.grad_x.data && ins.count() > 0 && all.outs.count() > 0) input_grad<T>(f, grad, all, false, env);
+  if (wants_weight && !is_depthwise(s)) weight_grad<T>(f, grad, all, false, env);
 }
 
 }  // namespace

@@ -1,0 +1,207 @@
+"""The ways to compute a convolution of which some channels are dead, forward and backward, under autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Ways to compute one part of a convolution: by torch, by the compiled kernel over live channels, by it over all of them.
+PLAIN, SKIP, FULL = 0, 1, 2
+
+
+class Choice(NamedTuple):
+    """How each part of a convolution is computed."""
+
+    forward: int
+    grad_x: int
+    grad_weight: int
+
+
+ALL_PLAIN = Choice(PLAIN, PLAIN, PLAIN)
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """What a convolution is beside its tensors.
+
+    Attributes:
+        stride, padding, dilation: two integers each.
+        groups: as in ``torch.nn.functional.conv2d``.
+        live_in: int64 inputs that live, None for all; likewise ``live_out``.
+        compact: the maps hold live channels only; else they hold all.
+    """
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    live_in: Tensor | None = None
+    live_out: Tensor | None = None
+    compact: bool = False
+
+    @property
+    def settings(self) -> tuple[list[int], list[int], list[int], int]:
+        """Stride, padding, dilation and groups, as the operators take them."""
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def lists(self, way: int) -> tuple[Tensor | None, Tensor | None]:
+        """The channels that the kernel is to compute."""
+        return (self.live_in, self.live_out) if way == SKIP else (None, None)
+
+    def columns(self, per_group: int) -> Tensor | None:
+        """Columns of the weight that live: of a grouped convolution the same in every group."""
+        live = self.live_in
+        if live is None or self.groups == 1:
+            return live
+        return None if per_group == 1 else live[live < per_group]
+
+    def kept_groups(self, per_group: int) -> int:
+        """Groups of the convolution of live channels: a depthwise one loses some."""
+        return (
+            len(self.live_in)
+            if per_group == 1 and self.groups > 1 and self.live_in is not None
+            else self.groups
+        )
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, call: ConvCall) -> Tensor:
+    """By torch; differentiable to any order."""
+    weight, bias, gate, groups = _sliced(weight, bias, gate, call)
+    return F.conv2d(x, gated(weight, gate), bias, call.stride, call.padding, call.dilation, groups)
+
+
+def gated(weight: Tensor, gate: Tensor | None) -> Tensor:
+    """``weight`` with its columns multiplied by ``gate``, one factor per input."""
+    if gate is None:
+        return weight
+    return weight * gate[:, None, None]
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, call: ConvCall, way: int = SKIP
+) -> Tensor:
+    """The output, computed in the given way."""
+    if way == PLAIN:
+        return plain(x, weight, bias, gate, call)
+    result: Tensor = torch.ops.lightning_prune.masked_conv2d(
+        x, weight, bias, None, *call.lists(way), *call.settings, "none", "auto", gate, call.compact
+    )
+    return result
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    call: ConvCall,
+    needs: tuple[bool, ...],
+    way: int = SKIP,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight, bias and gate; whatever is not needed is not to be read."""
+    if not any(needs):
+        return grad, grad, grad, grad
+    need_x, need_weight, need_bias, need_gate = needs
+    if way != PLAIN:
+        found: tuple[Tensor, ...] = torch.ops.lightning_prune.masked_conv2d_backward(
+            grad, None, x, weight, bias, None, *call.lists(way), *call.settings, "none",
+            need_x, need_weight, need_bias, False, "auto", gate, need_gate, call.compact,
+        )  # fmt: skip
+        return (*found[:3], found[4])
+    own, own_bias, own_gate, groups = _sliced(weight, bias, gate, call)
+    sizes = None if own_bias is None else list(own_bias.shape)
+    wanted = [need_x, need_weight or need_gate, need_bias]
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        gated(own, own_gate),
+        sizes,
+        call.stride,
+        call.padding,
+        call.dilation,
+        False,
+        [0, 0],
+        groups,
+        wanted,
+    )
+    grad_gate = (grad_weight * own).sum((0, 2, 3)) if need_gate else grad
+    grad_weight = gated(grad_weight, own_gate) if need_weight else grad
+    if call.compact:
+        columns = call.columns(weight.shape[1])
+        grad_weight = _spread(grad_weight, weight, call.live_out, columns) if need_weight else grad
+        grad_bias = _spread(grad_bias, bias, call.live_out) if need_bias else grad
+        grad_gate = _spread(grad_gate, gate, call.live_in) if need_gate else grad
+    return grad_x, grad_weight, grad_bias, grad_gate
+
+
+def _sliced(
+    weight: Tensor, bias: Tensor | None, gate: Tensor | None, call: ConvCall
+) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """What belongs to the maps' channels, and the groups."""
+    if not call.compact:
+        return weight, bias, gate, call.groups
+    per_group = weight.shape[1]
+    columns = call.columns(per_group)
+    if columns is not None:
+        weight = weight.index_select(1, columns)
+    if call.live_out is not None:
+        weight = weight.index_select(0, call.live_out)
+        bias = None if bias is None else bias.index_select(0, call.live_out)
+    if gate is not None and call.live_in is not None:
+        gate = gate.index_select(0, call.live_in)
+    return weight, bias, gate, call.kept_groups(per_group)
+
+
+def _spread(grad: Tensor, like: Tensor | None, rows: Tensor | None, columns: Tensor | None = None) -> Tensor:
+    """The gradient of a slice as that of the whole: zero where nothing lives."""
+    assert like is not None
+    for dim, index in ((1, columns), (0, rows)):
+        if index is not None:
+            shape = list(grad.shape)
+            shape[dim] = like.shape[dim]
+            grad = grad.new_zeros(shape).index_copy(dim, index, grad)
+    last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    return grad.contiguous(memory_format=torch.channels_last) if last else grad.contiguous()
+
+
+class SkippedConv(torch.autograd.Function):
+    """``masked_conv2d`` whose second derivative, where one is asked for, is that of the plain convolution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        call: ConvCall,
+        choice: Choice,
+    ) -> Tensor:
+        """Shapes as in ``torch.nn.functional.conv2d``; ``gate`` of shape [inputs] multiplies the inputs."""
+        ctx.save_for_backward(x, weight, bias, gate)
+        ctx.call, ctx.choice = call, choice
+        return forward(x, weight, bias, gate, call, choice.forward)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Each part as it was chosen."""
+        x, weight, bias, gate = ctx.saved_tensors
+        (grad,) = grads
+        needs = tuple(ctx.needs_input_grad[:4])
+        if torch.is_grad_enabled():
+            leaves = [t for t, need in zip((x, weight, bias, gate), needs, strict=True) if need]
+            y = plain(x, weight, bias, gate, ctx.call)
+            derived = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
+            return (*(next(derived) if need else None for need in needs), None, None)
+        arguments = (grad, x, weight, bias, gate, ctx.call)
+        if ctx.choice.grad_x == ctx.choice.grad_weight:
+            found = backward(*arguments, needs, ctx.choice.grad_x)
+        else:
+            grad_x = backward(*arguments, (needs[0], False, False, False), ctx.choice.grad_x)[0]
+            found = (grad_x, *backward(*arguments, (False, *needs[1:]), ctx.choice.grad_weight)[1:])
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None)

@@ -1,0 +1,235 @@
+"""Maps of live channels only between the modules of a training network whose parameters keep their full size.
+
+A dead channel costs as much memory traffic as a live one: norms, activations, poolings and sums pass over it. But the
+network runs on any number of channels that its own consumers agree on; that is what compaction rests on. So while the whole
+network is called, convolutions put out live channels alone, everything behind them works on fewer channels, and dense layers
+get their dead inputs back as zeros. What comes out of the network has no channels of its own and is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.hooks import RemovableHandle
+
+from .channels.groups import ChannelGraph, Mask
+from .gates.attach import LIVE_INPUTS, GateHooks, consumer_channels
+from .hooks import HOOKS, SLOT, ExchangedCall, Marker, PrivateHook, is_private
+
+#: live share of the channels from which on full maps, whose rows are aligned, are as fast
+MOST_LIVE = 0.9
+
+
+class LiveMaps:
+    """Whether maps hold live channels only at this moment, and the hooks and calls that decide it.
+
+    Only inside a call of the whole network, in training, on the CPU; never under autocast, in ``torch.compile``, under a
+    dispatch mode, with ``torch.use_deterministic_algorithms``, or while a module inside the network has hooks of the user's,
+    who would see fewer channels. Networks that need more than narrower parameters of convolutions, 2-D batch norms and dense
+    layers (sizes spelled out, norms over channels) keep full maps: :attr:`obstacle` says why.
+
+    Args:
+        model: the network.
+        graph: its traced channels.
+        known: modules that take compact maps and put them out as :meth:`wanted` says.
+        calls: modules that compute the whole network, see ``whole_network_calls``.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, known: Sequence[nn.Module], calls: Sequence[nn.Module]
+    ) -> None:
+        self._graph = graph
+        self._linear: dict[nn.Linear, _Linear] = {}
+        self._calls: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []
+        self._possible = False
+        self.running = self._last = False
+        self.always = False  #: in evaluation too
+        whole = set(calls)
+        self._inside = [m for m in model.modules() if m not in whole and not _holds(m, whole)]
+        self.obstacle = _obstacle(model, graph, known)
+        if self.obstacle is None and not calls:
+            self.obstacle = "no module is known to compute the whole network"
+        if self.obstacle is not None:
+            return
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                self._hang(model, module)
+        for call in calls:
+            inner = call.__dict__.get(SLOT)
+            if inner is None or isinstance(inner, ExchangedCall):  # else it is somebody else's: torch.compile
+                object.__setattr__(call, SLOT, _WholeCall(self, call, inner))
+                self._calls.append(call)
+
+    def _hang(self, model: nn.Module, module: nn.Linear) -> None:
+        name = next(n for n, p in model.named_parameters() if p is module.weight)
+        if name not in self._graph.tensors:
+            return
+        positions = self._graph.positions(name, 0), self._graph.positions(name, 1)
+        if all((p < 0).all() for p in positions):
+            return
+        self._linear[module] = layer = _Linear(self, *positions)
+        self._handles += [
+            module.register_forward_pre_hook(_Widen(layer)),
+            module.register_forward_hook(_Narrow(layer)),
+        ]
+
+    def set_mask(self, mask: Mask, share: float) -> None:
+        """Take up which channels live, bool of shape [num_channels]; ``share``: how many of the maps' present ones do."""
+        some_everywhere = all(mask[group.ids].any() for group in self._graph.groups)
+        self._possible = self.obstacle is None and some_everywhere and share < MOST_LIVE
+        for module, layer in self._linear.items():
+            layer.set_mask(mask)
+            module.__dict__[LIVE_INPUTS] = Marker(layer.live_in)
+
+    def wanted(self) -> bool:
+        """Whether a module whose input is not compact yet puts out a compact map."""
+        if self.running:
+            return True
+        # A checkpointed part of the network is computed again in the backward pass, and must come out alike.
+        return self._last and torch._C._current_graph_task_id() != -1
+
+    def ready(self, call: nn.Module, args: Any) -> bool:
+        """Whether this call of the whole network may run with compact maps."""
+        if not self._possible or self.running or not (call.training or self.always):
+            return False
+        if torch.are_deterministic_algorithms_enabled() or torch.jit.is_tracing():
+            return False
+        if torch.is_autocast_enabled("cpu") or _get_current_dispatch_mode() is not None:
+            return False
+        if any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args):
+            return False
+        return not any(_hooked(module) for module in self._inside)
+
+    def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``call`` with compact maps."""
+        self.running = self._last = True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.running = False
+
+    def full(self) -> None:
+        """A call of the whole network runs with full maps."""
+        self._last = False
+
+    def detach(self) -> None:
+        """Remove hooks and exchanged calls."""
+        for handle in self._handles:
+            handle.remove()
+        for call in self._calls:
+            slot = call.__dict__.get(SLOT)
+            if isinstance(slot, _WholeCall):
+                object.__setattr__(call, SLOT, slot.inner) if slot.inner is not None else call.__dict__.pop(
+                    SLOT
+                )
+        for module in self._linear:
+            module.__dict__.pop(LIVE_INPUTS, None)
+        self._handles.clear()
+        self._calls.clear()
+        self._possible = False
+
+
+class _WholeCall(ExchangedCall):
+    """What is called in place of a module that computes the whole network."""
+
+    def __init__(self, maps: LiveMaps, module: nn.Module, inner: Any) -> None:
+        super().__init__(module)
+        self.maps, self.inner = maps, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.module._call_impl if self.inner is None else self.inner
+        if torch.compiler.is_compiling() or self.maps.running:
+            return call(*args, **kwargs)
+        if self.maps.ready(self.module, args):
+            return self.maps.run(call, *args, **kwargs)
+        self.maps.full()
+        return call(*args, **kwargs)
+
+
+class _Linear:
+    """A dense layer and its live features, None for all."""
+
+    def __init__(self, maps: LiveMaps, outs: np.ndarray, ins: np.ndarray) -> None:
+        self.maps, self._outs, self._ins = maps, outs, ins
+        self.live_in: Tensor | None = None
+        self.live_out: Tensor | None = None
+        self.narrow = False
+
+    def set_mask(self, mask: Mask) -> None:
+        live = np.append(mask, True)
+        ins, outs = live[self._ins], live[self._outs]
+        self.live_in = None if ins.all() else torch.from_numpy(np.flatnonzero(ins))
+        self.live_out = None if outs.all() else torch.from_numpy(np.flatnonzero(outs))
+
+
+class _Widen(PrivateHook):
+    """Before a dense layer: zeros for its dead inputs."""
+
+    def __init__(self, layer: _Linear) -> None:
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        layer, live = self._layer, self._layer.live_in
+        layer.narrow = not torch.compiler.is_compiling() and layer.maps.wanted()
+        if live is None or torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
+            return None
+        x, *rest = args
+        if x.shape[-1] != len(live):
+            return None
+        layer.narrow = True
+        wide = x.new_zeros(*x.shape[:-1], module.in_features)
+        return (wide.index_copy(-1, live, x), *rest)
+
+
+class _Narrow(PrivateHook):
+    """Behind a dense layer: its live outputs."""
+
+    def __init__(self, layer: _Linear) -> None:
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        live = self._layer.live_out
+        if live is None or not self._layer.narrow or torch.compiler.is_compiling():
+            return None
+        return output.index_select(-1, live)
+
+
+def _holds(module: nn.Module, others: set[nn.Module]) -> bool:
+    return any(m in others for m in module.modules())
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody else listens to a module or has changed its call."""
+    if "forward" in module.__dict__:
+        return True
+    for name in HOOKS:
+        for hook in getattr(module, name).values():
+            if not is_private(hook) and not isinstance(getattr(hook, "__self__", None), GateHooks):
+                return True
+    return False
+
+
+def _obstacle(model: nn.Module, graph: ChannelGraph, known: Sequence[nn.Module]) -> str | None:
+    """Why narrower parameters of the usual layers are not all that fewer channels need; None if they are."""
+    if graph.sizes:
+        return f"{graph.sizes[0].module or 'the network'} spells out sizes in {graph.sizes[0].function}"
+    if not bool(consumer_channels(graph).all()):
+        return "a weight is read outside the module that owns it, or a norm goes over channels"
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                owners.setdefault(id(tensor), []).append(module)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for group in graph.groups:
+        for member in group.members:
+            for owner in owners.get(id(tensors.get(member.tensor)), [model]):
+                if type(owner) is not nn.Linear and owner not in known:
+                    return f"{member.tensor} belongs to a {type(owner).__name__}"
+    return None
