@@ -122,9 +122,9 @@ struct BatchNorm {
   bool channels_last;
   DType dtype;
   const void *x, *residual, *weight, *bias, *gate;  // residual, weight, bias, gate: or nullptr
-  IndexList live;        // of the maps
-  const int64_t* place;  // of each channel of the maps in the vectors, or nullptr: they are alike
-  bool training;  // forward: writes mean and var (biased) from x; backward: they depend on x
+  IndexList live;                                   // of the maps
+  const int64_t* place;                             // of each channel of the maps in the vectors, or nullptr: they are alike
+  bool training;                                    // forward: writes mean and var (biased) from x; backward: they depend on x
   double eps;
   Act act;
   void *mean, *var;

@@ -266,7 +266,7 @@ int64_t floor_div_exact(int64_t a, int64_t b, bool& exact) {
 
 // Live channels of a backward call: as indices of the weight, and as places in the maps.
 struct Lists {
-  ChannelLists ins, outs;   // in the weight
+  ChannelLists ins, outs;  // in the weight
   ChannelLists x, grad_y;  // in x and its gradient; in the output's gradient
 };
 
