@@ -162,6 +162,16 @@ def test_long_rows(
     check(x, weight, 1, stride, padding, activation, stream, generator)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_maps_larger_than_the_cache(target: torch.device, stride: int) -> None:
+    if target.type == "cuda":
+        pytest.skip("a path of the CPU kernels")
+    generator = torch.Generator().manual_seed(stride)
+    x = torch.randn(5, 101, 57, 58, generator=generator)  # 6.7 MB, and what is written
+    weight = torch.randn(101, 1, 3, 3, generator=generator)
+    check(x, weight, 101, stride, (1, 1), "relu6", "same", generator)
+
+
 def test_nan_passes_every_activation(target: torch.device) -> None:
     if target.type == "cuda":
         pytest.skip("a path of the CPU kernels")

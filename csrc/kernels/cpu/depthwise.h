@@ -23,6 +23,8 @@ static inline __attribute__((always_inline)) void store_lanes(float* p, V v, int
   store_part<V>(p, v, count);
 }
 
+constexpr int64_t kAhead = int64_t(8) << 20;  // bytes
+
 // Rows of the output that are computed together: each input row that is loaded serves all of them.
 constexpr int kDepthwiseRows = LP_REGISTERS == 32 ? 2 : 1;
 
@@ -35,6 +37,10 @@ struct DepthwiseRow {
   float* out;
   int64_t out_step, out_row;
   int64_t part;  // channels, where they are fewer than a vector holds and masks are cheap
+  // What the next rows read and write, where the maps are larger than the cache.
+  const float* ahead_in;
+  const float* ahead_out;
+  int64_t ahead_in_step, ahead_in_row;
   Clamp bounds;
 };
 
@@ -52,12 +58,24 @@ static inline __attribute__((always_inline)) void depthwise_store(const Depthwis
     store<V>(p, v);
 }
 
-template <class V, int Stride, int Rows, int Cols, bool Part>
+template <class V, int Stride, int Rows, int Cols, bool Ahead, bool Part>
 static inline __attribute__((always_inline)) void depthwise_columns(const DepthwiseRow& r, const V* w, V shift, int64_t channel,
                                                                     int64_t col) {
   V acc[Rows * Cols];
 #pragma GCC unroll 8
   for (int c = 0; c < Rows * Cols; ++c) acc[c] = shift;
+  if constexpr (Ahead) {
+#pragma GCC unroll 4
+    for (int row = 0; row < Rows * Stride; ++row) {
+      const float* in = r.ahead_in + row * r.ahead_in_row + channel + col * Stride * r.ahead_in_step;
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols * Stride; ++c) __builtin_prefetch(in + c * r.ahead_in_step);
+    }
+#pragma GCC unroll 2
+    for (int row = 0; row < Rows; ++row)
+#pragma GCC unroll 4
+      for (int c = 0; c < Cols; ++c) __builtin_prefetch(r.ahead_out + row * r.out_row + channel + (col + c) * r.out_step, 1);
+  }
 #pragma GCC unroll 5
   for (int h = 0; h < (Rows - 1) * Stride + 3; ++h) {
     const float* in = r.in[h] + channel + (col * Stride - r.pad) * r.step[h];
@@ -106,7 +124,7 @@ static inline __attribute__((always_inline)) void depthwise_edge(const Depthwise
 }
 
 // Rows output rows, one vector of channels.
-template <class V, int Stride, int Rows, bool Part>
+template <class V, int Stride, int Rows, bool Ahead, bool Part>
 static __attribute__((noinline)) void depthwise_vector(const DepthwiseRow& r, int64_t channel) {
   const int64_t room = r.width - 3 + r.pad;
   const int64_t lo = std::min(r.cols, (r.pad + Stride - 1) / Stride);
@@ -119,36 +137,36 @@ static __attribute__((noinline)) void depthwise_vector(const DepthwiseRow& r, in
     for (int64_t c = 0; c < lo; ++c) depthwise_edge<V, Stride, Part>(r, w, shift, channel, c, row);
   int64_t c = lo;
   if (hi - lo >= 4)
-    for (; c < hi; c += 4) depthwise_columns<V, Stride, Rows, 4, Part>(r, w, shift, channel, std::min(c, hi - 4));
-  for (; c < hi; ++c) depthwise_columns<V, Stride, Rows, 1, Part>(r, w, shift, channel, c);
+    for (; c < hi; c += 4) depthwise_columns<V, Stride, Rows, 4, Ahead, Part>(r, w, shift, channel, std::min(c, hi - 4));
+  for (; c < hi; ++c) depthwise_columns<V, Stride, Rows, 1, false, Part>(r, w, shift, channel, c);
   for (int row = 0; row < Rows; ++row)
     for (c = hi; c < r.cols; ++c) depthwise_edge<V, Stride, Part>(r, w, shift, channel, c, row);
 }
 
 // All channels: whole vectors, then the narrowest one that holds the rest and overlaps the one before.
-template <int Bytes, int Stride, int Rows>
+template <int Bytes, int Stride, int Rows, bool Ahead>
 static void depthwise_strip(const DepthwiseRow& r, int64_t channels) {
   using V = typename Simd<float, Bytes>::reg;
   constexpr int64_t L = Bytes / 4;
   int64_t channel = 0;
-  for (; channel + L <= channels; channel += L) depthwise_vector<V, Stride, Rows, false>(r, channel);
+  for (; channel + L <= channels; channel += L) depthwise_vector<V, Stride, Rows, Ahead, false>(r, channel);
   const int64_t rest = channels - channel;
   if (rest == 0) return;
   if constexpr (Bytes > 16) {
     // Before the first whole vector there is nothing to overlap: masks, where they are cheap.
     constexpr bool masks = LP_VECTOR_BYTES == 64;
     using Half = typename Simd<float, Bytes / 2>::reg;
-    if (channel == 0 && !masks) return depthwise_strip<Bytes / 2, Stride, Rows>(r, channels);
+    if (channel == 0 && !masks) return depthwise_strip<Bytes / 2, Stride, Rows, Ahead>(r, channels);
     if (rest * 2 <= L) {
-      if (channel == 0) return depthwise_strip<Bytes / 2, Stride, Rows>(r, channels);
-      return depthwise_vector<Half, Stride, Rows, false>(r, channels - L / 2);
+      if (channel == 0) return depthwise_strip<Bytes / 2, Stride, Rows, Ahead>(r, channels);
+      return depthwise_vector<Half, Stride, Rows, Ahead, false>(r, channels - L / 2);
     }
-    if (channel == 0) return depthwise_vector<V, Stride, Rows, masks>(r, 0);
-    return depthwise_vector<V, Stride, Rows, false>(r, channels - L);
+    if (channel == 0) return depthwise_vector<V, Stride, Rows, Ahead, masks>(r, 0);
+    return depthwise_vector<V, Stride, Rows, Ahead, false>(r, channels - L);
   } else {
-    if (channel > 0) return depthwise_vector<V, Stride, Rows, false>(r, channels - L);
-    if (LP_VECTOR_BYTES == 64) return depthwise_vector<V, Stride, Rows, LP_VECTOR_BYTES == 64>(r, 0);
-    for (; channel < channels; ++channel) depthwise_vector<Simd<float, 4>::reg, Stride, Rows, false>(r, channel);
+    if (channel > 0) return depthwise_vector<V, Stride, Rows, Ahead, false>(r, channels - L);
+    if (LP_VECTOR_BYTES == 64) return depthwise_vector<V, Stride, Rows, Ahead, LP_VECTOR_BYTES == 64>(r, 0);
+    for (; channel < channels; ++channel) depthwise_vector<Simd<float, 4>::reg, Stride, Rows, Ahead, false>(r, channel);
   }
 }
 
@@ -169,6 +187,8 @@ static bool depthwise(const TapConv& p, const Env& env) {
   const int64_t wanted = env.threads > 1 ? 4 * env.threads : 1;
   const int64_t bands = std::min(p.rows, std::max<int64_t>(1, (wanted + p.n - 1) / std::max<int64_t>(1, p.n)));
   const Clamp bounds = clamp_of(p.act);
+  // What does not stay in the cache is fetched ahead: rows lie too far apart for the hardware to guess.
+  const bool far = p.n * (p.height * p.width + p.rows * p.cols) * channels * 4 > kAhead;
   run_tasks(env, p.n * bands, [&](int, int64_t index) {
     const int64_t n = index / bands, band = index % bands;
     DepthwiseRow r{};
@@ -196,12 +216,23 @@ static bool depthwise(const TapConv& p, const Env& env) {
       r.out = static_cast<float*>(p.out.data) + n * p.out.n + row * p.out.h + p.out_channel[0];
       if (p.residual.data)
         r.residual = static_cast<const float*>(p.residual.data) + n * p.residual.n + row * p.residual.h + p.out_channel[0];
-      const auto run = [&](auto stride) {
+      const bool more = row + 2 * rows <= p.rows && (row + 2 * rows - 1) * p.step_h + p.tap_h[0] + 2 < p.height;
+      r.ahead_in = more ? static_cast<const float*>(r.in[(rows - 1) * p.step_h + 2]) + p.x.h : zeros;
+      r.ahead_in_row = more ? p.x.h : 0;
+      r.ahead_in_step = more ? p.x.w : 0;
+      r.ahead_out = more ? r.out + rows * p.out.h : r.out;
+      const auto run = [&](auto stride, auto ahead) {
         constexpr int Stride = decltype(stride)::value;
-        rows == 1 ? depthwise_strip<LP_VECTOR_BYTES, Stride, 1>(r, channels)
-                  : depthwise_strip<LP_VECTOR_BYTES, Stride, kDepthwiseRows>(r, channels);
+        constexpr bool Ahead = decltype(ahead)::value;
+        rows == 1 ? depthwise_strip<LP_VECTOR_BYTES, Stride, 1, Ahead>(r, channels)
+                  : depthwise_strip<LP_VECTOR_BYTES, Stride, kDepthwiseRows, Ahead>(r, channels);
       };
-      p.step_h == 1 ? run(std::integral_constant<int, 1>()) : run(std::integral_constant<int, 2>());
+      using One = std::integral_constant<int, 1>;
+      using Two = std::integral_constant<int, 2>;
+      if (p.step_h == 1)
+        far ? run(One(), std::true_type()) : run(One(), std::false_type());
+      else
+        far ? run(Two(), std::true_type()) : run(Two(), std::false_type());
       if (!bounds.complete)
         for (int i = 0; i < rows; ++i) activate_rows(p.act, r.out + i * r.out_row, r.out_step, p.cols, channels);
       row += rows;
