@@ -19,7 +19,7 @@ from .config import PruneConfig
 from .cost import Cost, CostModel
 from .criteria import saliency
 from .distillation import Distiller, logit_calls
-from .inputs import ExampleInputs, to_model
+from .inputs import ExampleInputs, floating_dtype, to_model
 from .latency_budget import measured_seconds
 from .latency_cost import measure_latency_cost
 from .learning import MaskLearner
@@ -246,7 +246,7 @@ class PruningFit:
 
     def _inputs_for(self, model: nn.Module) -> ExampleInputs:
         """On the model's device and, in a true half or double precision fit, in its dtype."""
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        dtype = floating_dtype(model)
         return to_model(self.inputs, model, dtype)
 
     def compact(self, model: nn.Module) -> tuple[nn.Module, PruneReport]:

@@ -41,6 +41,11 @@ def to_model(
     return map_inputs(example_inputs, move)
 
 
+def floating_dtype(model: nn.Module) -> torch.dtype | None:
+    """Of the first floating-point parameter; None if there is none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
 def first_rows(example_inputs: ExampleInputs, rows: int) -> ExampleInputs:
     """At most ``rows`` samples of every tensor that shares the first tensor's batch size."""
     batch = batch_size(example_inputs)

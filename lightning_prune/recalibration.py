@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .channels.trace import undisturbed
-from .inputs import call_model, to_model
+from .inputs import call_model, floating_dtype, to_model
 
 #: batches of ``recalibrate=True``
 BATCHES = 8
@@ -68,7 +68,7 @@ def recalibrate(
                 norm.momentum = None
                 norm.train()
             for batch in batches:
-                call_model(model, to_model(batch, model, _dtype(model)))
+                call_model(model, to_model(batch, model, floating_dtype(model)))
         finally:
             for name, norm in norms.items():
                 norm.momentum = momenta[name]
@@ -82,7 +82,3 @@ def recalibrate(
             fresh = statistics[key]
             buffer.copy_(reduce(fresh) if reduce is not None and fresh.is_floating_point() else fresh)
     return list(found)
-
-
-def _dtype(model: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

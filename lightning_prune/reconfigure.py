@@ -19,7 +19,7 @@ from .compaction import CompactionPlan
 from .compaction.resize import Resizer
 from .compaction.verify import TOLERANCE, relative_difference, run_quietly
 from .errors import CompactionError
-from .inputs import ExampleInputs
+from .inputs import ExampleInputs, floating_dtype
 
 #: the network that the fit ends with is proven equal in float64; on the way this many times its tolerance shows a wrong size
 _SLACK = 100.0
@@ -76,7 +76,7 @@ class Reconfigurer:
         except Exception as failure:
             self.widen()
             raise _refused(f"fails: {type(failure).__name__}: {failure}") from failure
-        dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = floating_dtype(self._model) or torch.float32
         if not error <= (allowed := _SLACK * TOLERANCE.get(dtype, 1e-5)):
             self.widen()
             raise _refused(f"differs from the masked one: relative error {error:.2g}, allowed {allowed:.0e}")

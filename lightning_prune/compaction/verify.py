@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..channels.groups import OutputSlices
 from ..channels.trace import module_stack, tensors_in, undisturbed
 from ..errors import CompactionError
-from ..inputs import ExampleInputs, batch_size, call_model, describe, map_inputs, to_model
+from ..inputs import ExampleInputs, batch_size, call_model, describe, floating_dtype, map_inputs, to_model
 from .apply import apply_plan, clone_model, mask_channels
 from .plan import CompactionPlan
 
@@ -52,7 +52,7 @@ def check_equal(
     plan: CompactionPlan,
 ) -> float:
     """Raise :class:`CompactionError` unless both networks agree; return the relative error in the model's dtype."""
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    own = floating_dtype(model) or torch.float32
     exact: list[Tensor] | None = None
     if own != torch.float64:
         twin, small = _double(masked), _double(smaller)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..channels.trace import undisturbed
 from ..compaction import max_relative_error
 from ..compaction.apply import clone_model
-from ..inputs import ExampleInputs, describe_failure, to_model
+from ..inputs import ExampleInputs, describe_failure, floating_dtype, to_model
 from ..latency import compare_latency
 from ..ops.tensor_cores import tf32_allowed
 from .choice import FORMATS, backend, can_run_own, own_wins
@@ -198,7 +198,7 @@ def optimize_for_inference(
 
 
 def _limit(base: nn.Module, plain: nn.Module, inputs: ExampleInputs, dtype: torch.dtype | None) -> float:
-    own = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
+    own = floating_dtype(base) or torch.float32
     limit = TOLERANCE.get(own if dtype is None else dtype, 1e-4)
     if (own if dtype is None else dtype) == torch.float32 and _rounds_to_tf32(base):
         # Both networks round, each in its own order; what rounding costs at all is the yardstick.
