@@ -3,50 +3,22 @@
 Each shape runs in this project and in every peer, at its own width and, for the peers, also zero-padded to multiples of 8,
 which is what a user of that runtime could do instead. Interleaved rounds, one thread, process CPU time, medians.
 
-    python benchmarks/cpu_conv.py            # all shapes, to benchmarks/results/
+    python benchmarks/cpu_conv.py            # all shapes, below 8 minutes, to benchmarks/results/cpu_conv-native.{md,json}
     python benchmarks/cpu_conv.py --quick    # one shape per class, only on the screen
     python benchmarks/cpu_conv.py --isa avx2 # caps this project and oneDNN at AVX2
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
-import platform
-import random
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from cpu_runtimes import environment, installed, parser, pin_environment, take_turns, write
 
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one shape per class, few rounds, no files")
-    parser.add_argument("--isa", choices=["native", "avx2"], default="native")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--classes", nargs="*", help="only classes whose name contains one of these")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args()
-
-
-def pin_environment(isa: str) -> None:
-    """Thread counts and instruction sets are read when the libraries load: start again with them set."""
-    # The allocator keeps freed memory, or page faults fall on whoever runs after a trim.
-    keep = str(1 << 30)
-    wanted = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": keep, "MALLOC_TRIM_THRESHOLD_": keep}
-    if isa == "avx2":
-        wanted |= {"ONEDNN_MAX_CPU_ISA": "AVX2", "LIGHTNING_PRUNE_CPU_LEVEL": "avx2"}
-    if any(os.environ.get(name) != value for name, value in wanted.items()):
-        os.environ.update(wanted)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+#: peers that "auto" could have taken
+TORCH = ("eager", "eager channels_last", "oneDNN prepacked")
 
 
 def shape_classes() -> dict[str, list[Any]]:
@@ -88,7 +60,7 @@ def shape_classes() -> dict[str, list[Any]]:
     }
 
 
-def measure(shape: Any, peers: dict[str, Any], rounds: int, budget: float) -> dict[str, Any]:
+def measure(shape: Any, peers: dict[str, Any], rounds: int, budget: float, deadline: float) -> dict[str, Any]:
     """Median microseconds per call of ours and of every peer, and the errors against float64."""
     from cpu_conv_peers import Problem, as_tensor, module, own
 
@@ -105,27 +77,10 @@ def measure(shape: Any, peers: dict[str, Any], rounds: int, budget: float) -> di
         for name, call in calls.items()
         if not name.endswith("padded")
     }
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        begin = time.process_time_ns()
-        call()
-        call()
-        once = (time.process_time_ns() - begin) / 2e9
-        repeats[name] = max(1, min(1000, round(budget / max(once, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = random.Random(0)
-    for _ in range(rounds):
-        # Another order in every round: a runtime's threads may still spin while the next one runs.
-        for name in order.sample(list(calls), len(calls)):
-            call = calls[name]
-            call()  # the others have just used the caches
-            begin = time.process_time_ns()
-            for _ in range(repeats[name]):
-                call()
-            times[name].append((time.process_time_ns() - begin) / repeats[name] / 1e3)
+    times = take_turns(calls, rounds, budget, deadline)
     medians = {name: statistics.median(values) for name, values in times.items()}
     best = min((name for name in medians if name not in ("ours", "auto")), key=medians.__getitem__)
+    torch_best = min(value for name, value in medians.items() if name.split(",")[0] in TORCH)
     return {
         "shape": shape.name,
         "microseconds": {name: round(value, 2) for name, value in medians.items()},
@@ -133,6 +88,8 @@ def measure(shape: Any, peers: dict[str, Any], rounds: int, budget: float) -> di
         "best_peer": best,
         "ratio": medians[best] / medians["ours"],
         "auto_ratio": medians[best] / medians["auto"],
+        "auto_over_torch": torch_best / medians["auto"],
+        "rounds": len(times["ours"]),
         "error": errors["ours"],
         "peer_error": errors.get(best),
     }
@@ -158,86 +115,60 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def summary(results: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
-        "| class | geometric mean | worst | auto: geometric mean | worst | shapes |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| class | geometric mean | worst | auto: geometric mean | worst | auto over torch alone: worst | shapes |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, rows in results.items():
         cells = []
         for key in ("ratio", "auto_ratio"):
             ratios = [row[key] for row in rows]
             cells += [math.exp(statistics.fmean(map(math.log, ratios))), min(ratios)]
+        cells.append(min(row["auto_over_torch"] for row in rows))
         lines.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} | {len(rows)} |")
     return "\n".join(lines)
 
 
-def environment(isa: str, versions: dict[str, str], missing: dict[str, str], rounds: int) -> dict[str, Any]:
-    import torch
-
-    from lightning_prune.ops import _loading
-
-    info = _loading.build_info()
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu,
-        "isa": isa,
-        "features": info.cpu_features() if info else None,
-        "torch": torch.__version__,
-        "peers": versions,
-        "missing_peers": missing,
-        "threads": 1,
-        "clock": "process CPU time",
-        "rounds": rounds,
-        "python": platform.python_version(),
-    }
-
-
 def main() -> None:
-    options = arguments()
-    pin_environment(options.isa)
+    arguments = parser(__doc__, rounds=15, seconds=420)
+    arguments.add_argument("--classes", nargs="*", help="only classes whose name contains one of these")
+    options = arguments.parse_args()
+    pin_environment(options.isa, OMP_NUM_THREADS="1")
     import torch
-    from cpu_conv_peers import available
+    from cpu_conv_peers import PEERS
 
-    from lightning_prune.files import write_atomically
-
+    begin = time.monotonic()
     torch.set_num_threads(1)
-    peers, versions, missing = available(options.isa != "native")
-    rounds = 5 if options.quick else options.rounds
+    names, versions, missing = installed(PEERS, options.isa)
+    peers = {name: PEERS[name] for name in names}
+    rounds, budget = (5, 0.001) if options.quick else (options.rounds, 0.003)
     results: dict[str, list[dict[str, Any]]] = {}
+    cases = [
+        (name, shape)
+        for name, shapes in shape_classes().items()
+        if not options.classes or any(part in name for part in options.classes)
+        for shape in (shapes[:1] if options.quick else shapes)
+    ]
     with torch.inference_mode():
-        for name, shapes in shape_classes().items():
-            if options.classes and not any(part in name for part in options.classes):
-                continue
-            for shape in shapes[:1] if options.quick else shapes:
-                row = measure(shape, peers, rounds, budget=0.001 if options.quick else 0.003)
-                results.setdefault(name, []).append(row)
-                print(f"{row['shape']:32} {row['ratio']:5.2f} of {row['best_peer']}", flush=True)
-    facts = environment(options.isa, versions, missing, rounds)
+        for number, (name, shape) in enumerate(cases):
+            deadline = begin + options.seconds * (number + 1) / len(cases)
+            row = measure(shape, peers, rounds, budget, deadline)
+            results.setdefault(name, []).append(row)
+            print(f"{row['shape']:32} {row['ratio']:5.2f} of {row['best_peer']}", flush=True)
     for name, reason in missing.items():
         print(f"missing peer: {name} ({reason})")
-    text = f"{summary(results)}\n{table(results)}\n"
+    text = f"{summary(results)}\n{table(results)}"
     print(text)
     if options.quick or options.classes:
         return
-    stem = f"cpu_conv-{options.isa}"
-    notes = [
+    spent = round(time.monotonic() - begin)
+    facts = environment(options.isa, versions, missing, rounds=rounds, seconds=spent)
+    heading = [
         "# Convolutions on one CPU thread\n",
         "Auto: the module `CompactConv2d`, which times our kernel, torch's and prepacked oneDNN and keeps the fastest. "
         "Ratio: time of the fastest peer, at its own width or padded to multiples of 8, over ours. Error: largest over "
         "the largest result, against float64.\n",
-        *(f"- {key}: {value}" for key, value in facts.items() if key != "features"),
-        "",
     ]
-    write_atomically(options.out / f"{stem}.md", ("\n".join(notes) + "\n" + text).encode())
-    content = {"environment": facts, "results": results}
-    write_atomically(options.out / f"{stem}.json", (json.dumps(content, indent=1) + "\n").encode())
-    print(f"written: {options.out / stem}.md and .json")
+    write(options.out, f"cpu_conv-{options.isa}", heading, facts, text, results)
 
 
 if __name__ == "__main__":

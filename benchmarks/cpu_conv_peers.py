@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -248,29 +247,6 @@ PEERS: dict[str, Callable[[Problem], Run]] = {
     "ONNX Runtime": onnxruntime,
     "OpenVINO": openvino,
 }
-_PACKAGES = {"ONNX Runtime": ("onnxruntime", "onnx"), "OpenVINO": ("openvino", "onnx")}
-
-
-def available(capped: bool) -> tuple[dict[str, Callable[[Problem], Run]], dict[str, str], dict[str, str]]:
-    """Peers that can run, their versions, and why the others are missing.
-
-    Args:
-        capped: the instruction set is capped by environment variables, which the two runtimes do not obey.
-    """
-    found, versions, missing = {}, {}, {}
-    for name, make in PEERS.items():
-        try:
-            for package in _PACKAGES.get(name, ()):
-                importlib.import_module(package)
-                versions[package] = importlib.metadata.version(package)
-        except ImportError as error:
-            missing[name] = str(error)
-            continue
-        if capped and name in _PACKAGES:
-            missing[name] = "its instruction set cannot be capped"
-            continue
-        found[name] = make
-    return found, versions, missing
 
 
 def as_tensor(result: object) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import io
 import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +22,50 @@ Run = Callable[[], Tensor]
 LAST = torch.channels_last
 
 
-def ours(model: nn.Module, x: Tensor, threads: int) -> Run:
-    network = optimize_for_inference(model, x)
+@dataclass(frozen=True)
+class Given:
+    """One variant of a network, as a torch file and, once :func:`export` has run, as ONNX beside it."""
+
+    file: Path
+    x: Tensor
+    threads: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, freshly loaded."""
+        return cast(nn.Module, torch.load(self.file, weights_only=False))
+
+    @property
+    def onnx(self) -> Path:
+        """Where the ONNX file is."""
+        return self.file.with_suffix(".onnx")
+
+
+def export(file: Path, x: Tensor) -> None:
+    """The ONNX file of a network, for any batch size ``N``."""
+    model = torch.load(file, weights_only=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (x[:1],), str(file.with_suffix(".onnx")), input_names=["x"], output_names=["y"],
+            dynamic_axes={"x": {0: "N"}, "y": {0: "N"}}, dynamo=False,
+        )  # fmt: skip
+
+
+def ours(given: Given) -> Run:
+    x = given.x
+    network = optimize_for_inference(given.model, x)
     return lambda: cast(Tensor, network(x))
 
 
-def eager(model: nn.Module, x: Tensor, threads: int) -> Run:
+def eager(given: Given) -> Run:
+    model, x = given.model, given.x
     return lambda: cast(Tensor, model(x))
 
 
-def eager_last(model: nn.Module, x: Tensor, threads: int) -> Run:
-    model, x = model.to(memory_format=LAST), x.contiguous(memory_format=LAST)  # type: ignore[call-overload]
+def eager_last(given: Given) -> Run:
+    model = given.model.to(memory_format=LAST)  # type: ignore[call-overload]
+    x = given.x.contiguous(memory_format=LAST)
     return lambda: cast(Tensor, model(x))
 
 
@@ -71,10 +103,10 @@ class _Prepacked(nn.Module):
         )
 
 
-def onednn(model: nn.Module, x: Tensor, threads: int) -> Run:
+def onednn(given: Given) -> Run:
     os.environ["LIGHTNING_PRUNE_BACKEND"] = "vendor"  # batch norms folded by this package, nothing else of it
-    network = optimize_for_inference(model, x)
-    x = x.contiguous(memory_format=LAST)
+    network = optimize_for_inference(given.model, given.x)
+    x = given.x.contiguous(memory_format=LAST)
     shapes: dict[nn.Module, list[int]] = {}
     handles = [
         m.register_forward_pre_hook(lambda m, args: shapes.setdefault(m, list(args[0].shape)) and None)
@@ -92,44 +124,40 @@ def onednn(model: nn.Module, x: Tensor, threads: int) -> Run:
     return lambda: cast(Tensor, inner(x))
 
 
-def compiled(model: nn.Module, x: Tensor, threads: int) -> Run:
+def compiled(given: Given) -> Run:
     config = importlib.import_module("torch._inductor.config")
     config.freezing = True
-    model, x = model.to(memory_format=LAST), x.contiguous(memory_format=LAST)  # type: ignore[call-overload]
-    network = torch.compile(model)
+    x = given.x.contiguous(memory_format=LAST)
+    network = torch.compile(given.model.to(memory_format=LAST))  # type: ignore[call-overload]
     return lambda: cast(Tensor, network(x))
 
 
-def _onnx(model: nn.Module, x: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (x,), buffer, input_names=["x"], output_names=["y"], dynamo=False)
-    return buffer.getvalue()
-
-
-def onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Run:
+def onnxruntime(given: Given) -> Run:
     ort = importlib.import_module("onnxruntime")
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = ort.InferenceSession(_onnx(model, x), options, providers=["CPUExecutionProvider"])
-    given = {"x": x.numpy()}
-    return lambda: torch.from_numpy(session.run(None, given)[0])
+    options.intra_op_num_threads, options.inter_op_num_threads = given.threads, 1
+    options.add_free_dimension_override_by_name("N", len(given.x))
+    session = ort.InferenceSession(str(given.onnx), options, providers=["CPUExecutionProvider"])
+    inputs = {"x": given.x.numpy()}
+    return lambda: torch.from_numpy(session.run(None, inputs)[0])
 
 
-def openvino(model: nn.Module, x: Tensor, threads: int) -> Run:
+def openvino(given: Given) -> Run:
     ov = importlib.import_module("openvino")
-    core = ov.Core()
+    core, x = ov.Core(), given.x
     config = {
-        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_NUM_THREADS": given.threads,
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
     }
-    model = core.compile_model(core.read_model(_onnx(model, x), b""), "CPU", config)
+    network = core.read_model(str(given.onnx))
+    network.reshape(list(x.shape))
+    model = core.compile_model(network, "CPU", config)
     request = model.create_infer_request()
-    request.set_input_tensor(ov.Tensor(x.numpy(), shared_memory=True))
+    shared = x.numpy()
+    request.set_input_tensor(ov.Tensor(shared, shared_memory=True))
 
-    def run() -> Tensor:
+    def run(kept: object = shared) -> Tensor:
         request.infer()
         return torch.from_numpy(request.get_output_tensor(0).data)
 
@@ -137,7 +165,7 @@ def openvino(model: nn.Module, x: Tensor, threads: int) -> Run:
 
 
 OURS = "ours"
-RUNTIMES: dict[str, Callable[[nn.Module, Tensor, int], Run]] = {
+RUNTIMES: dict[str, Callable[[Given], Run]] = {
     OURS: ours,
     "eager": eager,
     "eager channels_last": eager_last,
@@ -146,56 +174,42 @@ RUNTIMES: dict[str, Callable[[nn.Module, Tensor, int], Run]] = {
     "ONNX Runtime": onnxruntime,
     "OpenVINO": openvino,
 }
-_PACKAGES = {"ONNX Runtime": ("onnxruntime", "onnx"), "OpenVINO": ("openvino", "onnx")}
 
 
-def available(capped: bool) -> tuple[list[str], dict[str, str], dict[str, str]]:
-    """Runtimes that can run, versions of their packages, and why the others are missing.
+@dataclass(frozen=True)
+class Setting:
+    """What a worker prepares: networks of some variants, a batch, threads, and the logits that are right."""
 
-    Args:
-        capped: the instruction set is capped by environment variables, which the two runtimes do not obey.
+    files: dict[str, Path]
+    x: Tensor
+    threads: int
+    expected: Path
+
+
+def serve(pipe: Connection, runtime: str) -> None:
+    """Answer requests until None comes.
+
+    A :class:`Setting` is prepared and answered by ``{variant: relative error at the logits}``, or by a text that says what
+    failed; the name of a variant, by (cpu seconds, wall seconds) of one call.
     """
-    found, versions, missing = [], {}, {}
-    for name in RUNTIMES:
-        try:
-            for package in _PACKAGES.get(name, ()):
-                importlib.import_module(package)
-                versions[package] = importlib.metadata.version(package)
-        except ImportError as error:
-            missing[name] = str(error)
-            continue
-        if capped and name in _PACKAGES:
-            missing[name] = "its instruction set cannot be capped"
-            continue
-        found.append(name)
-    return found, versions, missing
-
-
-def serve(
-    pipe: Connection, runtime: str, threads: int, files: dict[str, Path], x: Tensor, expected: Path
-) -> None:
-    """Load the variants of a network, report errors, then time one call per request until None comes.
-
-    Sends ``{variant: relative error at the logits}``, and per request (cpu seconds, wall seconds) of one call.
-    """
-    torch.set_num_threads(threads)
     calls: dict[str, Run] = {}
-    errors: dict[str, float] = {}
-    truth = torch.load(expected)
-    try:
-        with torch.inference_mode() if runtime != "torch.compile" else torch.no_grad():
-            for variant, file in files.items():
-                model = torch.load(file, weights_only=False)
-                calls[variant] = RUNTIMES[runtime](model, x, threads)
-                y = calls[variant]()
-                errors[variant] = float(
-                    (y.double() - truth[variant]).abs().max() / truth[variant].abs().max()
-                )
-            pipe.send(errors)
-            while (variant := pipe.recv()) is not None:
-                pipe.send(_timed(calls[variant]))
-    except Exception as failure:
-        pipe.send(f"{type(failure).__name__}: {failure}")
+    with torch.inference_mode() if runtime != "torch.compile" else torch.no_grad():
+        while (request := pipe.recv()) is not None:
+            try:
+                if isinstance(request, str):
+                    pipe.send(_timed(calls[request]))
+                    continue
+                calls.clear()
+                torch.set_num_threads(request.threads)
+                errors, truth = {}, torch.load(request.expected)
+                for variant, file in request.files.items():
+                    calls[variant] = RUNTIMES[runtime](Given(file, request.x, request.threads))
+                    right = truth[variant]
+                    error = (calls[variant]().double() - right).abs().max() / right.abs().max()
+                    errors[variant] = float(error)
+                pipe.send(errors)
+            except Exception as failure:
+                pipe.send(f"{type(failure).__name__}: {failure}")
 
 
 def _timed(call: Run, seconds: float = 0.03) -> tuple[float, float]:
@@ -212,4 +226,4 @@ def _timed(call: Run, seconds: float = 0.03) -> tuple[float, float]:
     return (time.process_time() - at) / calls, (time.perf_counter() - begin) / calls
 
 
-__all__ = ["OURS", "Any", "available", "serve"]
+__all__ = ["OURS", "RUNTIMES", "Setting", "export", "serve"]

@@ -16,95 +16,61 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from cpu_runtimes import LEAST_ROUNDS, PACKAGES, environment, installed, parser, pin_environment, write
+
+VARIANTS = ("ragged", "padded", "rounded", "dense")
+#: torch.compile takes half a minute to prepare; its frozen graphs make the calls of "oneDNN prepacked"
+COMPILED = ("ResNet-18",)
+#: seconds after which a runtime that is not ready does without
+PATIENCE = 90.0
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--isa", choices=["native", "avx2"], default="native")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--seconds", type=float, default=540.0, help="fewer rounds, at least 5, where this is not met"
-    )
-    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--batches", type=int, nargs="*", default=[8, 1])
-    parser.add_argument(
-        "--networks", nargs="*", default=[], help="only those whose name contains one of these"
-    )
-    parser.add_argument(
-        "--peers", nargs="*", default=None, help="only those whose name contains one of these"
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    return parser.parse_args()
-
-
-def pin_environment(isa: str) -> None:
-    """What the libraries read when they load: start again with it set."""
-    keep = str(1 << 30)  # the allocator keeps freed memory, in every runtime alike
-    wanted = {"MALLOC_MMAP_THRESHOLD_": keep, "MALLOC_TRIM_THRESHOLD_": keep, "OMP_WAIT_POLICY": "PASSIVE"}
-    if isa == "avx2":
-        wanted |= {"ONEDNN_MAX_CPU_ISA": "AVX2", "LIGHTNING_PRUNE_CPU_LEVEL": "avx2"}
-        wanted |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-    if any(os.environ.get(name) != value for name, value in wanted.items()):
-        os.environ.update(wanted)
-        path = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-
-
-def variants(runtime: str, batch: int, threads: int, options: argparse.Namespace) -> list[str]:
-    """What a runtime is given. Those that were never the fastest, and torch.compile, which takes long to prepare, get less."""
-    whole = threads == 1 and not options.quick
+def variants(name: str, runtime: str, batch: int, threads: int, quick: bool) -> list[str]:
+    """What a runtime is given. Those that were never the fastest, and what takes long to prepare, get less."""
+    whole = threads == 1 and batch > 1 and not quick
     if runtime == "ours":
         return ["ragged", "rounded"] if whole else ["ragged"]
     if runtime == "torch.compile":
-        return ["ragged"] if whole and batch > 1 else []
+        return ["ragged"] if whole and name in COMPILED else []
     if runtime.startswith("eager"):
-        return ["ragged"]
-    return ["ragged", "padded", "dense"] + (["rounded"] if whole else [])
+        return ["ragged"] if threads == 1 else []
+    return ["ragged", "padded"] + (["rounded", "dense"] if whole else [])
 
 
 class Worker:
     """A runtime in its own process."""
 
-    def __init__(
-        self, context: Any, runtime: str, threads: int, files: dict[str, Path], x: Any, expected: Path
-    ) -> None:
+    def __init__(self, context: Any, runtime: str) -> None:
         from cpu_network_peers import serve
 
-        self.runtime, self.variants = runtime, list(files)
+        self.runtime = runtime
+        self.variants: list[str] = []
         self.pipe, far = context.Pipe()
-        self.process = context.Process(
-            target=serve, args=(far, runtime, threads, files, x, expected), daemon=True
-        )
+        self.process = context.Process(target=serve, args=(far, runtime), daemon=True)
         self.process.start()
         far.close()
 
-    def ready(self, limit: float = 240.0) -> dict[str, float] | str:
-        """Errors per variant, or why it cannot run."""
-        if not self.pipe.poll(limit):
-            return f"not ready after {limit:.0f} s"
+    def prepare(self, setting: Any) -> None:
+        self.variants = list(setting.files)
+        self.pipe.send(setting)
+
+    def answer(self) -> Any:
+        """What the worker says next: a text where something failed."""
         try:
-            answer: dict[str, float] | str = self.pipe.recv()
+            return self.pipe.recv() if self.pipe.poll(PATIENCE) else f"no answer after {PATIENCE:.0f} s"
         except EOFError:
             return "the process died"
-        return answer
 
     def time(self, variant: str) -> tuple[float, float]:
         self.pipe.send(variant)
-        answer = self.pipe.recv()
+        answer = self.answer()
         if isinstance(answer, str):
             raise RuntimeError(f"{self.runtime}, {variant}: {answer}")
         cpu, wall = answer
@@ -113,13 +79,29 @@ class Worker:
     def stop(self) -> None:
         with contextlib.suppress(OSError):
             self.pipe.send(None)
-        self.process.join(5)
+        self.process.join(1)
         self.process.kill()
         self.process.join()
 
 
+def truth(folder: Path, x: Any) -> Path:
+    """A file with the logits of every variant; the first image in float64, the others to see mix-ups."""
+    import torch
+
+    file = folder / f"expected-{len(x)}.pt"
+    if not file.exists():
+        logits = {}
+        with torch.inference_mode():
+            for variant in VARIANTS:
+                model = torch.load(folder / f"{variant}.pt", weights_only=False)
+                logits[variant] = model(x).double()
+                logits[variant][:1] = model.double()(x[:1].double())
+        torch.save(logits, file)
+    return file
+
+
 def measure(
-    context: Any,
+    workers: dict[str, Worker],
     name: str,
     folder: Path,
     batch: int,
@@ -127,68 +109,43 @@ def measure(
     options: argparse.Namespace,
     deadline: float,
 ) -> dict[str, Any]:
-    """Median seconds per runtime and variant, ratios, errors."""
+    """Median seconds per runtime and variant, ratios, errors; a worker that fails is stopped and taken out."""
     import torch
-    from cpu_network_peers import available
+    from cpu_network_peers import OURS, Setting
 
-    runtimes = [
-        r
-        for r in available(options.isa != "native")[0]
-        if r == "ours" or options.peers is None or any(part in r for part in options.peers)
-    ]
     x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    expected = folder / f"expected-{batch}.pt"
-    if not expected.exists():
-        small = x[:1].double()  # the first image is enough to see rounding, the others to see mix-ups
-        truth = {}
-        with torch.inference_mode():
-            for variant in ("dense", "ragged", "padded", "rounded"):
-                model = torch.load(folder / f"{variant}.pt", weights_only=False)
-                truth[variant] = model(x).double()
-                truth[variant][:1] = model.double()(small)
-        torch.save(truth, expected)
-    workers, failed = [], {}
-    errors: dict[str, dict[str, float]] = {}
-    for runtime in runtimes:
-        files = {v: folder / f"{v}.pt" for v in variants(runtime, batch, threads, options)}
-        if not files:
-            continue
-        worker = Worker(context, runtime, threads, files, x, expected)
-        # Ours chooses by measuring: nobody else may run meanwhile.
-        answer = worker.ready() if runtime == "ours" else None
-        workers.append(worker)
-        if answer is not None:
+    expected = truth(folder, x)
+    active, failed, errors = [], {}, {}
+    # Ours first, which chooses by measuring: nobody else may run meanwhile.
+    for turn in ([OURS], [runtime for runtime in workers if runtime != OURS]):
+        waiting = []
+        for runtime in turn:
+            wanted = variants(name, runtime, batch, threads, options.quick)
+            if wanted:
+                files = {variant: folder / f"{variant}.pt" for variant in wanted}
+                workers[runtime].prepare(Setting(files, x, threads, expected))
+                waiting.append(workers[runtime])
+        for worker in waiting:
+            answer = worker.answer()
             if isinstance(answer, str):
-                raise RuntimeError(answer)
-            errors[runtime] = answer
-    for worker in list(workers):
-        if worker.runtime in errors:
-            continue
-        answer = worker.ready()
-        if isinstance(answer, str):
-            failed[worker.runtime] = answer
-            worker.stop()
-            workers.remove(worker)
-        else:
+                if worker.runtime == OURS:
+                    raise RuntimeError(answer)
+                failed[worker.runtime] = answer
+                workers.pop(worker.runtime).stop()
+                continue
             errors[worker.runtime] = answer
+            active.append(worker)
     times: dict[tuple[str, str], list[float]] = {}
-    order = random.Random(0)
-    rounds = 5 if options.quick else options.rounds
-    for number in range(rounds):
-        if number >= 5 and time.time() > deadline:
-            rounds = number
+    order, rounds = random.Random(0), 0
+    while rounds < (LEAST_ROUNDS if options.quick else options.rounds):
+        if rounds >= LEAST_ROUNDS and time.monotonic() > deadline:
             break
-        turns = [
-            (w, v)
-            for w in workers
-            for v in w.variants
-            if v != "dense" or number < 3  # far slower, and only its size matters
-        ]
+        # The unpruned network is far slower, and only its size matters.
+        turns = [(w, v) for w in active for v in w.variants if v != "dense" or rounds < 3]
         for worker, variant in order.sample(turns, len(turns)):
             cpu, wall = worker.time(variant)
             times.setdefault((worker.runtime, variant), []).append(cpu if threads == 1 else wall)
-    for worker in workers:
-        worker.stop()
+        rounds += 1
     seconds: dict[str, dict[str, float]] = {}
     for (runtime, variant), values in times.items():
         seconds.setdefault(variant, {})[runtime] = statistics.median(values)
@@ -252,65 +209,73 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def arguments() -> argparse.Namespace:
+    made = parser(__doc__, rounds=15, seconds=450)
+    made.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    made.add_argument("--batches", type=int, nargs="*", default=[8, 1])
+    part = "only those whose name contains one of these"
+    made.add_argument("--networks", nargs="*", default=[], help=part)
+    made.add_argument("--peers", nargs="*", default=None, help=part)
+    return made.parse_args()
+
+
 def main() -> None:
     options = arguments()
-    pin_environment(options.isa)
+    pin_environment(options.isa, OMP_WAIT_POLICY="PASSIVE")
     import torch
-    from cpu_conv import environment
-    from cpu_network_peers import available
+    from cpu_network_peers import OURS, RUNTIMES, export
     from networks import NETWORKS, prune
 
-    from lightning_prune.files import write_atomically
-
-    begin = time.time()
+    begin = time.monotonic()
     names = [n for n in NETWORKS if not options.networks or any(part in n for part in options.networks)]
     threads_of = options.threads[:1] if options.quick else options.threads
+    found, versions, missing = installed(RUNTIMES, options.isa)
+    runtimes = [
+        r for r in found if r == OURS or options.peers is None or any(part in r for part in options.peers)
+    ]
     share = options.seconds / max(1, len(names) * len(options.batches) * len(threads_of))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cpu_network_peers", "networks"])
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
             folder = Path(temporary) / name
             folder.mkdir()
+            workers = {runtime: Worker(context, runtime) for runtime in runtimes}
             pruned = prune(name)
-            for variant in ("dense", "ragged", "padded", "rounded"):
+            for variant in VARIANTS:
                 torch.save(getattr(pruned, variant), folder / f"{variant}.pt")
+                if any(runtime in PACKAGES for runtime in runtimes):
+                    export(folder / f"{variant}.pt", torch.randn(1, 3, 224, 224))
             del pruned
             for batch in options.batches:
                 for threads in threads_of:
                     deadline = begin + share * (len(rows) + 1)
-                    row = measure(context, name, folder, batch, threads, options, deadline)
+                    row = measure(workers, name, folder, batch, threads, options, deadline)
                     rows.append(row)
-                    print(f"[{time.time() - begin:.0f} s]", table([row]).splitlines()[-1], flush=True)
+                    print(f"[{time.monotonic() - begin:.0f} s]", table([row]).splitlines()[-1], flush=True)
                     print(json.dumps(row["milliseconds"]), row["failed"] or "", flush=True)
+            for worker in workers.values():
+                worker.stop()
             for file in folder.iterdir():
                 file.unlink()
-    _, versions, missing = available(options.isa != "native")
-    facts = environment(options.isa, versions, missing, 5 if options.quick else options.rounds)
+    print(table(rows))
+    if options.quick or options.networks or options.peers is not None:
+        return
+    facts = environment(
+        options.isa, versions, missing, rounds=options.rounds, seconds=round(time.monotonic() - begin)
+    )
     facts |= {
         "threads": options.threads,
         "clock": "one thread: process CPU time; more: wall time",
         "image": "3x224x224",
     }
-    facts["seconds"] = round(time.time() - begin)
-    print(table(rows))
-    if options.quick or options.networks or options.peers is not None:
-        return
-    stem = f"cpu_networks-{options.isa}"
-    text = [
+    heading = [
         "# Pruned networks on the CPU\n",
         "Ratio: time of the fastest peer, ragged or padded to multiples of 8, over ours; higher is better. Error: largest "
         "over the largest logit, against float64.\n",
-        *(f"- {key}: {value}" for key, value in facts.items() if key != "features"),
-        "",
-        table(rows),
-        "",
     ]
-    write_atomically(options.out / f"{stem}.md", "\n".join(text).encode())
-    content = {"environment": facts, "results": rows}
-    write_atomically(options.out / f"{stem}.json", (json.dumps(content, indent=1) + "\n").encode())
-    print(f"written: {options.out / stem}.md and .json")
+    write(options.out, f"cpu_networks-{options.isa}", heading, facts, table(rows), rows)
 
 
 if __name__ == "__main__":

@@ -4,40 +4,27 @@ A 3x3, a 1x1 and a depthwise convolution (conv + bias + ReLU, float32, batch 8, 
 channels for C from 1 to 64 in steps of 1 and on to 128 in steps of 4, here and in every runtime that is installed, in rounds
 that take turns. A violation is a width that costs over 5 % more than some larger one: pruning down to it would not pay.
 
-    python benchmarks/staircase.py              # about 8 minutes, to benchmarks/results/staircase-native.{md,json,png}
+    python benchmarks/staircase.py              # below 5 minutes, to benchmarks/results/staircase-native.{md,json,png}
     python benchmarks/staircase.py --quick      # few widths, only on the screen
     python benchmarks/staircase.py --isa avx2   # this project and oneDNN capped at AVX2
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import random
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from cpu_runtimes import environment, installed, parser, pin_environment, take_turns, write
+
 TOLERANCE = 0.05
 KINDS = {
     "3x3 at 28x28": (28, 3, False),
     "1x1 at 28x28": (28, 1, False),
     "depthwise 3x3 at 28x28": (28, 3, True),
 }
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--isa", choices=["native", "avx2"], default="native")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=500.0, help="stop adding rounds after this long")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args()
 
 
 def widths(quick: bool) -> list[int]:
@@ -58,24 +45,7 @@ def measure(
         problem = Problem.of(Shape(c, c, size, 8, kernel=kernel, groups=groups))
         for name, make in makers.items():
             calls[name, c] = make(problem)
-    repeats: dict[tuple[str, int], int] = {}
-    for key, call in calls.items():
-        call()
-        begin = time.process_time_ns()
-        call()
-        repeats[key] = max(1, min(200, round(5e5 / max(1, time.process_time_ns() - begin))))
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
-    order = random.Random(0)
-    for number in range(rounds):
-        if number >= 5 and time.monotonic() > deadline:
-            break
-        for key in order.sample(list(calls), len(calls)):
-            call = calls[key]
-            call()  # the others have just used the caches
-            begin = time.process_time_ns()
-            for _ in range(repeats[key]):
-                call()
-            times[key].append((time.process_time_ns() - begin) / repeats[key] / 1e3)
+    times = take_turns(calls, rounds, 0.0005, deadline)
     return {name: [round(statistics.median(times[name, c]), 2) for c in channels] for name in makers}
 
 
@@ -137,20 +107,14 @@ def plot(results: dict[str, Any], title: str, path: Path) -> None:
 
 
 def main() -> None:
-    options = arguments()
-    from cpu_conv import environment, pin_environment
-
-    pin_environment(options.isa)
+    options = parser(__doc__, rounds=15, seconds=240).parse_args()
+    pin_environment(options.isa, OMP_NUM_THREADS="1")
     import torch
-    from cpu_conv_peers import available
-
-    from lightning_prune.files import write_atomically
+    from cpu_conv_peers import PEERS
 
     torch.set_num_threads(1)
-    peers, versions, missing = available(options.isa != "native")
-    peers = {
-        name: make for name, make in peers.items() if name != "eager"
-    }  # never the faster of the two formats
+    names, versions, missing = installed(PEERS, options.isa)
+    peers = {name: PEERS[name] for name in names if name != "eager"}  # never the faster of the two formats
     begin, results = time.monotonic(), {}
     channels = widths(options.quick)
     with torch.inference_mode():
@@ -170,26 +134,16 @@ def main() -> None:
     if options.quick:
         print(json.dumps({kind: row["microseconds"] for kind, row in results.items()}))
         return
-    facts = environment(options.isa, versions, missing, options.rounds)
+    spent = round(time.monotonic() - begin)
+    facts = environment(options.isa, versions, missing, rounds=options.rounds, seconds=spent)
     stem = f"staircase-{options.isa}"
-    text = [
-        "# Latency against kept channels\n",
-        f"![latency against channels]({stem}.png)\n",
-        *(f"- {key}: {value}" for key, value in facts.items() if key != "features"),
-        "",
-        table(results),
-        "",
-    ]
-    options.out.mkdir(parents=True, exist_ok=True)
+    heading = ["# Latency against kept channels\n", f"![latency against channels]({stem}.png)\n"]
+    write(options.out, stem, heading, facts, table(results), results)
     plot(
         results,
         f"conv + bias + ReLU, batch 8, one thread ({facts['cpu']}, {options.isa})",
         options.out / f"{stem}.png",
     )
-    write_atomically(options.out / f"{stem}.md", "\n".join(text).encode())
-    content = {"environment": facts, "results": results}
-    write_atomically(options.out / f"{stem}.json", (json.dumps(content) + "\n").encode())
-    print(f"written: {options.out / stem}.md, .json and .png")
 
 
 if __name__ == "__main__":

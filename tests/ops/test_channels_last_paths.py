@@ -172,6 +172,31 @@ def test_depthwise_maps_larger_than_the_cache(target: torch.device, stride: int)
     check(x, weight, 101, stride, (1, 1), "relu6", "same", generator)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("channels", [(1, 5), (5, 1), (1, 1)])
+def test_a_single_channel_has_no_memory_format(
+    target: torch.device, channels: tuple[int, int], kernel: int
+) -> None:
+    if target.type == "cuda":
+        pytest.skip("a path of the CPU kernels")
+    generator = torch.Generator().manual_seed(kernel)
+    inputs, outputs = channels
+    weight = torch.randn(outputs, inputs, kernel, kernel, generator=generator)
+    pad = kernel // 2
+    for x in (
+        torch.randn(2, inputs, 9, 17, generator=generator),
+        torch.randn(2, 9, 17, inputs).movedim(3, 1),
+    ):
+        bias, residual = torch.randn(outputs), torch.randn(2, outputs, 9, 17)
+        packed = ops.pack_conv2d_weight(weight)
+        y = ops.compact_conv2d(
+            x, packed, bias, residual, None, None, list(weight.shape), 1, pad, 1, 1, "relu"
+        )
+        double = (x.double(), weight.double(), bias.double())
+        exact = (torch.nn.functional.conv2d(*double, padding=pad) + residual.double()).relu()
+        assert error(y, exact) < 2e-5
+
+
 def test_nan_passes_every_activation(target: torch.device) -> None:
     if target.type == "cuda":
         pytest.skip("a path of the CPU kernels")

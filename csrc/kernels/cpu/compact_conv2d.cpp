@@ -235,8 +235,13 @@ void pack_winograd_cpu(const View& weight, int64_t outputs, int64_t channels, in
 }
 
 void compact_forward_cpu(const CompactForward& f, const Env& env) {
-  if (f.dtype == DType::f64) return compact<double>(f, false, env);
-  f.dtype == DType::f32 ? compact<float>(f, use_winograd(f, f.shape.n), env) : compact_half(f, env);
+  if (f.dtype != DType::f32 && f.dtype != DType::f64) return compact_half(f, env);
+  // A single channel lies channels-last in every memory format.
+  CompactForward g = f;
+  if (f.x_channels == 1) g.x.c = 1;
+  if (f.y_channels == 1) g.y.c = g.residual.c = 1;
+  if (f.dtype == DType::f64) return compact<double>(g, false, env);
+  compact<float>(g, use_winograd(g, g.shape.n), env);
 }
 
 }  // namespace lp

@@ -1,0 +1,74 @@
+"""What the CPU benchmarks share: rounds, peers, files; and what a step of the staircase is."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("cpu_runtimes", "staircase"):  # there is a staircase of the GPU, too
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_rounds_take_turns_and_end_in_time() -> None:
+    from cpu_runtimes import LEAST_ROUNDS, take_turns
+
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in ("a", "b", "c")}
+    times = take_turns(calls, 9, 0.0, time.monotonic() + 60)
+    assert {name: len(values) for name, values in times.items()} == {"a": 9, "b": 9, "c": 9}
+    rounds = [order[i : i + 6 : 2] for i in range(6, len(order), 6)]  # each call is warmed up, then timed
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1
+    late = take_turns(calls, 9, 0.0, time.monotonic() - 1)
+    assert {len(values) for values in late.values()} == {LEAST_ROUNDS}
+
+
+def test_slow_calls_cost_what_they_take() -> None:
+    from cpu_runtimes import take_turns
+
+    def busy() -> None:
+        end = time.process_time() + 2e-3
+        while time.process_time() < end:
+            pass
+
+    times = take_turns({"busy": busy}, 5, 1e-3, time.monotonic())
+    assert all(2e3 <= value < 2e4 for value in times["busy"])
+
+
+def test_missing_peers_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cpu_runtimes
+
+    monkeypatch.setattr(cpu_runtimes, "PACKAGES", {"absent": ("no_such_package",), "here": ("pytest",)})
+    found, versions, missing = cpu_runtimes.installed(["torch", "absent", "here"], "native")
+    assert found == ["torch", "here"]
+    assert versions == {"pytest": pytest.__version__}
+    assert "no_such_package" in missing["absent"]
+    found, _, missing = cpu_runtimes.installed(["torch", "here"], "avx2")
+    assert found == ["torch"]
+    assert "cannot be capped" in missing["here"]
+
+
+def test_results_are_a_table_and_json(tmp_path: Path) -> None:
+    from cpu_runtimes import write
+
+    write(tmp_path / "new", "name", ["# Title\n"], {"cpu": "x", "features": {}}, "| a |", [1])
+    assert (tmp_path / "new" / "name.md").read_text() == "# Title\n\n- cpu: x\n\n| a |\n"
+    content = json.loads((tmp_path / "new" / "name.json").read_text())
+    assert content == {"environment": {"cpu": "x", "features": {}}, "results": [1]}
+
+
+def test_a_violation_is_a_width_dearer_than_a_larger_one() -> None:
+    from staircase import violations
+
+    found = violations([1, 2, 3, 4], [10.0, 14.0, 10.4, 10.0])
+    assert found == [{"channels": 2, "dearer_than": 4, "by": 0.4}]
