@@ -182,11 +182,10 @@ static void pointwise_panels(PointwiseTile t, const float* weight, const float* 
 static void pointwise(const TapConv& p, const Env& env) {
   const int64_t pixels = p.n * p.rows * p.cols, inputs = p.in_begin[1], outputs = p.out_begin[1];
   const Clamp bounds = clamp_of(p.act);
-  // Few weights: they stay in L2, and rows are finished one tile after the other. Many: a block of rows stays there while
-  // all panels pass over it.
+  // Few weights: they stay in L2, and a block of rows in L1 while all panels pass over it. Many: the rows stay in L2.
   const int64_t tile = LP_REGISTERS == 32 ? 28 : 24;
   int64_t block = std::max<int64_t>(2 * tile, 128 * 1024 / 4 / (inputs + outputs) / tile * tile);
-  if (inputs * outputs <= 48 * 1024) block = tile;
+  if (inputs * outputs <= 48 * 1024) block = std::max(tile, 16 * 1024 / 4 / std::max<int64_t>(1, inputs) / tile * tile);
   if (env.threads > 1) block = std::max<int64_t>(tile, std::min(block, (pixels + 3 * env.threads - 1) / (3 * env.threads)));
   const int64_t blocks = (pixels + block - 1) / block;
   run_tasks(env, blocks, [&](int, int64_t index) {
