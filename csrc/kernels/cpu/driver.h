@@ -67,31 +67,23 @@ inline Taps forward_taps(const Env& env, const ConvShape& s) {
   return t;
 }
 
-// Packs a[lane, depth, tap] = weight[lane * lane_stride + red * red_stride + tap] * scale[red_scale ? ...] into panels.
+// Packs without a transform.
 template <class T>
-struct PanelPack {
-  const T* weight;
-  const int64_t* lane_at;  // element offset of each lane
-  int64_t lanes;
-  const int64_t* red_at;  // element offset of each reduced channel
-  int64_t reds;
-  const T* red_scale;   // or nullptr
-  const T* lane_scale;  // or nullptr
-  const int64_t* tap_at;
+struct PanelPack : PanelSource<T> {
   int taps;
-  T* out;
+  using PanelSource<T>::lanes, PanelSource<T>::reds;
 
   int64_t panels() const { return (lanes + kPanel - 1) / kPanel; }
   void panel(int64_t p) const {
     const int64_t width = packed_width(lanes), first = p * kPanel, count = std::min(kPanel, lanes - first);
     const int64_t step = width - first < kPanel ? 8 : kPanel;
-    T* dst = out + first * reds * taps;
+    T* dst = this->out + first * reds * taps;
     for (int t = 0; t < taps; ++t)
       for (int64_t r = 0; r < reds; ++r, dst += step) {
-        const T* src = weight + red_at[r] + tap_at[t];
-        const T scale = red_scale ? red_scale[r] : T(1);
+        const T* src = this->weight + this->red_at[r] + this->tap_at[t];
+        const T scale = this->red_scale ? this->red_scale[r] : T(1);
         for (int64_t i = 0; i < count; ++i)
-          dst[i] = src[lane_at[first + i]] * (lane_scale ? scale * lane_scale[first + i] : scale);
+          dst[i] = src[this->lane_at[first + i]] * (this->lane_scale ? scale * this->lane_scale[first + i] : scale);
         for (int64_t i = count; i < step; ++i) dst[i] = T(0);
       }
   }

@@ -143,10 +143,11 @@ const T* picked(const Env& env, const void* values, const ChannelLists& l) {
   return found;
 }
 
-// Panels per group: lanes are outputs (forward) or inputs (`flip`, the input gradient, scaled by the output's gate too).
+// The whole weight as lanes and reduced channels: lanes are outputs (forward) or inputs (`flip`, the input gradient, scaled by
+// the output's gate too). Without its destination.
 template <class T>
-void pack_panels(TapConv& p, const Env& env, const ConvShape& s, const View& w, const Taps& taps, const ChannelLists& ins,
-                 const ChannelLists& outs, bool flip, const void* gate, const void* in_gate) {
+PanelSource<T> panel_source(const Env& env, const ConvShape& s, const View& w, const Taps& taps, const ChannelLists& ins,
+                            const ChannelLists& outs, bool flip, const void* gate, const void* in_gate) {
   const int64_t in_per_group = s.channels / s.groups;
   int64_t* in_at = scratch<int64_t>(env, ins.count());
   int64_t* out_at = scratch<int64_t>(env, outs.count());
@@ -154,26 +155,38 @@ void pack_panels(TapConv& p, const Env& env, const ConvShape& s, const View& w, 
   for (int64_t i = 0; i < outs.count(); ++i) out_at[i] = outs.ids[i] * w.n;
   const T* in_scale = picked<T>(env, in_gate, ins);
   const T* out_scale = flip ? picked<T>(env, gate, outs) : nullptr;
+  PanelSource<T> source{};
+  source.weight = static_cast<const T*>(w.data);
+  source.lane_at = flip ? in_at : out_at;
+  source.lanes = (flip ? ins : outs).count();
+  source.red_at = flip ? out_at : in_at;
+  source.reds = (flip ? outs : ins).count();
+  source.red_scale = flip ? out_scale : in_scale;
+  source.lane_scale = flip ? in_scale : nullptr;
+  source.tap_at = tap_offsets(env, w, taps);
+  return source;
+}
+
+// Panels per group.
+template <class T>
+void pack_panels(TapConv& p, const Env& env, const ConvShape& s, const View& w, const Taps& taps, const ChannelLists& ins,
+                 const ChannelLists& outs, bool flip, const void* gate, const void* in_gate) {
   const ChannelLists &lanes = flip ? ins : outs, &reds = flip ? outs : ins;
-  const int64_t *lane_at = flip ? in_at : out_at, *red_at = flip ? out_at : in_at;
-  const T *lane_scale = flip ? in_scale : nullptr, *red_scale = flip ? out_scale : in_scale;
-  const int64_t* tap_at = tap_offsets(env, w, taps);
+  const PanelSource<T> whole = panel_source<T>(env, s, w, taps, ins, outs, flip, gate, in_gate);
   int64_t* begin = scratch<int64_t>(env, outs.groups + 1);
   PanelPack<T>* packs = scratch<PanelPack<T>>(env, outs.groups);
   begin[0] = 0;
   for (int g = 0; g < outs.groups; ++g) {
     const int64_t lane = lanes.begin[g], red = reds.begin[g];
-    packs[g] = PanelPack<T>{static_cast<const T*>(w.data),
-                            lane_at + lane,
-                            lanes.size(g),
-                            red_at + red,
-                            reds.size(g),
-                            red_scale ? red_scale + red : nullptr,
-                            lane_scale ? lane_scale + lane : nullptr,
-                            tap_at,
-                            taps.count,
-                            nullptr};
-    begin[g + 1] = begin[g] + packed_width(packs[g].lanes) * packs[g].reds * taps.count;
+    PanelPack<T> pack{whole, taps.count};
+    pack.lane_at += lane;
+    pack.lanes = lanes.size(g);
+    pack.red_at += red;
+    pack.reds = reds.size(g);
+    if (pack.red_scale) pack.red_scale += red;
+    if (pack.lane_scale) pack.lane_scale += lane;
+    packs[g] = pack;
+    begin[g + 1] = begin[g] + packed_width(pack.lanes) * pack.reds * taps.count;
   }
   T* packed = scratch<T>(env, begin[outs.groups]);
   for (int g = 0; g < outs.groups; ++g) packs[g].out = packed + begin[g];
@@ -196,28 +209,12 @@ int winograd_tile(Algorithm algorithm, DType dtype, const ConvShape& s, int64_t 
 }
 
 // As pack_panels, but transformed; one group.
-void pack_transformed(TapConv& p, const Env& env, const View& w, const Taps& taps, const ChannelLists& ins,
+void pack_transformed(TapConv& p, const Env& env, const ConvShape& s, const View& w, const Taps& taps, const ChannelLists& ins,
                       const ChannelLists& outs, bool flip, const void* gate, const void* in_gate, int tile) {
-  int64_t* in_at = scratch<int64_t>(env, ins.count());
-  int64_t* out_at = scratch<int64_t>(env, outs.count());
-  for (int64_t i = 0; i < ins.count(); ++i) in_at[i] = ins.ids[i] * w.c;
-  for (int64_t i = 0; i < outs.count(); ++i) out_at[i] = outs.ids[i] * w.n;
-  const float* in_scale = picked<float>(env, in_gate, ins);
-  const float* out_scale = flip ? picked<float>(env, gate, outs) : nullptr;
-  const int64_t lanes = flip ? ins.count() : outs.count(), reds = flip ? outs.count() : ins.count();
-  float* packed = scratch<float>(env, packed_width(lanes) * reds * (tile + 2) * (tile + 2));
-  WinogradWeight job{};
-  job.weight = static_cast<const float*>(w.data);
-  job.lane_at = flip ? in_at : out_at;
-  job.lanes = lanes;
-  job.red_at = flip ? out_at : in_at;
-  job.reds = reds;
-  job.red_scale = flip ? out_scale : in_scale;
-  job.lane_scale = flip ? in_scale : nullptr;
-  job.tap_at = tap_offsets(env, w, taps);
-  job.out = packed;
-  level().winograd_weight(job, tile, env);
-  p.weight = packed;
+  PanelSource<float> source = panel_source<float>(env, s, w, taps, ins, outs, flip, gate, in_gate);
+  source.out = scratch<float>(env, packed_width(source.lanes) * source.reds * (tile + 2) * (tile + 2));
+  level().winograd_weight(source, tile, env);
+  p.weight = source.out;
 }
 
 template <class T>
@@ -251,7 +248,7 @@ void forward(const MaskedForward& f, const Env& env) {
   if constexpr (std::is_same_v<T, float>) {
     const int tile = winograd_tile(f.algorithm, f.dtype, f.shape, ins.count(), outs.count(), p.rows, p.cols);
     if (tile > 0) {
-      pack_transformed(p, env, f.weight, taps, ins, outs, false, nullptr, f.in_gate, tile);
+      pack_transformed(p, env, f.shape, f.weight, taps, ins, outs, false, nullptr, f.in_gate, tile);
       return level().winograd(p, tile, env);
     }
   }
@@ -308,7 +305,7 @@ void input_grad(const MaskedBackward& f, const View& grad, const Lists& live, bo
       if constexpr (std::is_same_v<T, float>) {
         const int tile = winograd_tile(f.algorithm, f.dtype, s, ins.count(), outs.count(), p.rows, p.cols);
         if (tile > 0 && !depthwise) {
-          pack_transformed(p, env, f.weight, taps, ins, outs, true, f.gate, f.in_gate, tile);
+          pack_transformed(p, env, s, f.weight, taps, ins, outs, true, f.gate, f.in_gate, tile);
           level().winograd(p, tile, env);
           continue;
         }

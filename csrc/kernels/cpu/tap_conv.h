@@ -39,17 +39,20 @@ struct TapWeightGrad {
   bool wants_sums;  // of grad; the direct kernel always writes them
 };
 
-// A 3x3 weight to be transformed for Winograd: panels of lanes, as packed_offset lays them out with (tile + 2)^2 taps.
-struct WinogradWeight {
-  const float* weight;
+// Where the elements of a packed weight come from and go: a[lane, reduced channel, tap] =
+// weight[lane_at + red_at + tap_at] * red_scale * lane_scale, in panels of lanes as packed_offset lays them out. For Winograd
+// the taps are the nine of 3x3, row-major in the order of their offsets, and become (tile + 2)^2 points.
+template <class T>
+struct PanelSource {
+  const T* weight;
   const int64_t* lane_at;  // element offset of each lane
   int64_t lanes;
   const int64_t* red_at;  // element offset of each reduced channel
   int64_t reds;
-  const float* red_scale;   // or nullptr
-  const float* lane_scale;  // or nullptr
-  const int64_t* tap_at;    // nine, row-major in the order of the taps' offsets
-  float* out;
+  const T* red_scale;   // or nullptr
+  const T* lane_scale;  // or nullptr
+  const int64_t* tap_at;
+  T* out;
 };
 
 // grad_v[pixel][i] = grad_y * act'(saved) for the listed channels, channels-last and compact.
@@ -87,7 +90,7 @@ struct CpuKernels {
   void (*act_grad[2])(const ActGrad&, const Env&);
   void (*batch_norm_forward[2])(const BatchNorm&, const Env&);
   void (*batch_norm_backward[2])(const BatchNorm&, const Env&);
-  void (*winograd_weight)(const WinogradWeight&, int tile, const Env&);
+  void (*winograd_weight)(const PanelSource<float>&, int tile, const Env&);
   void (*winograd_weight_grad)(const TapWeightGrad&, int tile, const Env&);  // float32, one group, 3x3, stride 1, one part
   void (*max_pool)(const MaxPool&, const Env&);
   void (*widen)(const HalfMap&, const Env&);   // half to dense

@@ -73,7 +73,7 @@ struct WinogradAdjoint<4> {
 
 // Eight channels at a time through a buffer: the points of one channel lie a power of two apart, in one cache set.
 template <int M, int Step>
-static void winograd_weight_panel(const WinogradWeight& w, int64_t panel, int64_t begin, int64_t end) {
+static void winograd_weight_panel(const PanelSource<float>& w, int64_t panel, int64_t begin, int64_t end) {
   constexpr int N = M + 2, run = 8;
   const int64_t first = panel * kPanel, count = std::min<int64_t>(Step, w.lanes - first);
   float* const dst = w.out + first * w.reds * N * N;
@@ -111,7 +111,7 @@ static void winograd_weight_panel(const WinogradWeight& w, int64_t panel, int64_
   }
 }
 
-static void winograd_weight(const WinogradWeight& w, int tile, const Env& env) {
+static void winograd_weight(const PanelSource<float>& w, int tile, const Env& env) {
   constexpr int64_t chunk = 32;
   const int64_t panels = (w.lanes + kPanel - 1) / kPanel, chunks = (w.reds + chunk - 1) / chunk;
   run_tasks(env, panels * chunks, [&](int, int64_t task) {
