@@ -22,7 +22,9 @@ BACKENDS = ("auto", "own", "vendor")
 #: our kernel must be so much faster to be taken
 MARGIN = 1.03
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_ROUNDS, _SECONDS, _WARMUP = 9, 0.02, 2
+_ROUNDS, _SECONDS, _WARMUP = 9, 0.02, 1
+#: seconds per candidate after which a few rounds are enough: long calls vary little
+_LONG = 0.1
 #: slower than the fastest by so much after a few rounds: not measured any further
 _HOPELESS, _FEW = 1.5, 3
 
@@ -120,7 +122,7 @@ def _by_the_clock(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
         for call in calls.values():
             call()
     total, rounds, running = 0.0, 0, dict(calls)
-    while rounds < _ROUNDS or total < _SECONDS * len(running):
+    while rounds < (_FEW if total > _LONG * len(calls) else _ROUNDS) or total < _SECONDS * len(running):
         for name, call in running.items():
             start = time.perf_counter()
             call()

@@ -299,10 +299,10 @@ def _fastest(candidates: list[OptimizedModule], inputs: ExampleInputs) -> Optimi
         with contextlib.suppress(RuntimeError):
             _capture(candidate, inputs)
     named: dict[str, nn.Module] = {str(number): c for number, c in enumerate(candidates)}
-    first = compare_latency(named, inputs, warmup=1, repeats=3, min_seconds=0.02)
+    first = compare_latency(named, inputs, warmup=1, repeats=2, min_seconds=0.02)
     limit = _CLOSE * min(latency.p10 for latency in first.values())
     named = {name: c for name, c in named.items() if first[name].p10 <= limit}
-    times = compare_latency(named, inputs, warmup=1, repeats=11, min_seconds=0.1)
+    times = compare_latency(named, inputs, warmup=0, repeats=7, min_seconds=0.1)
     best = candidates[int(min(times, key=lambda name: times[name].median))]
     for candidate in candidates:
         if candidate is not best:
