@@ -193,7 +193,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def environment(options: argparse.Namespace) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Processor, versions and load."""
     from lightning_prune.ops import _loading
 
     info = _loading.build_info()
@@ -204,11 +205,7 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": 1,
-        "clock": "process CPU time, median",
-        "rounds": options.rounds,
-        "batch": options.batch,
         "load_average": round(os.getloadavg()[0], 1),
-        "torch.compile among the peers at": options.compile,
     }
 
 
@@ -217,7 +214,12 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.quick:
         options.rounds, options.batch, options.compile, options.shares = 3, 8, [], [0.0, 0.5]
-    facts = environment(options)
+    facts = environment() | {
+        "clock": "process CPU time, median",
+        "rounds": options.rounds,
+        "batch": options.batch,
+        "torch.compile among the peers at": options.compile,
+    }
     rows: list[dict[str, Any]] = []
     for name in options.networks or NETWORKS:
         for share in options.shares:

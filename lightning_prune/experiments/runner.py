@@ -213,8 +213,11 @@ def run_trial(setting: Setting, trial: Trial, folder: Path, needed: TrialResult 
         return _prune(fit)
 
 
-def pruning_callback(setting: Setting, trial: Trial, data: Data) -> ChannelPruning:
-    """The callback of a trial: every method learns or prunes gradually in the learn epochs, but for one-shot magnitude."""
+def pruning_callback(setting: Setting, trial: Trial, data: Data, **more: Any) -> ChannelPruning:
+    """The callback of a trial: every method learns or prunes gradually in the learn epochs, but for one-shot magnitude.
+
+    ``more`` are further arguments of it, which stand before those of the setting.
+    """
     warmup, learn, finetune = setting.epochs
     one_shot = trial.method == "magnitude_one_shot"
     method = "magnitude" if one_shot else trial.method
@@ -230,7 +233,7 @@ def pruning_callback(setting: Setting, trial: Trial, data: Data) -> ChannelPruni
         example_inputs=data.part("train").inputs[:2],
         seed=trial.seed,
         # which convolutions skip is decided by the clock; without, a fit can be repeated bit by bit
-        **{"dead_channel_skipping": False, **setting.pruning},
+        **{"dead_channel_skipping": False, **setting.pruning, **more},
     )
 
 
