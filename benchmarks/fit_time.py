@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import sys
@@ -60,7 +61,7 @@ class Stopwatch(L.Callback):
     @property
     def epochs(self) -> list[float]:
         """Seconds per epoch."""
-        return [b - a for a, b in zip(self._ticks, self._ticks[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(self._ticks)]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def summary(results: list[Result], networks: dict[str, Setting]) -> list[dict[st
             ends = (0, setting.epochs[0], setting.epochs[0] + setting.epochs[1], setting.total_epochs)
             phases = [
                 estimate(sum(r.epoch_seconds[a:b]) for r in found.values()).mean
-                for a, b in zip(ends, ends[1:], strict=False)
+                for a, b in itertools.pairwise(ends)
             ]
             memory = [r.activation_memory / r.activation_memory_dense for r in found.values()]
             rows.append(
@@ -193,7 +194,7 @@ def write(rows: list[dict[str, Any]], results: list[Result], facts: dict[str, An
         "- cut: `reconfigure_every_n_epochs=1`, torch's kernels",
         "- skipping: `dead_channel_skipping=True`, the default: the package's kernels without dead channels",
         "- skipping + cut: both",
-        "- epochs: warmup + learn + finetune; memory: activations kept for the backward pass at the end, of the dense network's",
+        "- epochs: warmup + learn + finetune; memory: activations kept for the backward pass at the end, in percent of the dense",
         *(f"- {key}: {value}" for key, value in facts.items() if key != "features"),
     ]
     text = "\n".join([*notes, "", "```", to_text(table(rows), 150), "```", ""])

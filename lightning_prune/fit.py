@@ -31,6 +31,8 @@ from .redundancy import warn_if_symmetric
 from .skipping import DeadChannelSkipper
 from .weights import WeightKeeper, first_convolution
 
+#: how often a layer is compared anew while it dies completely, if the network is cut at epoch ends anyway
+_STEPS_BETWEEN_CUTS = 2
 #: averages a tensor over the ranks of a distributed run
 Reduce = Callable[[Tensor], Tensor]
 
@@ -102,7 +104,9 @@ class PruningFit:
             self.chooser.cost = self.cost
             self.chooser.check()
         if config.dead_channel_skipping:
-            self.skipper = DeadChannelSkipper(model, self.graph, self._inputs_for(model))
+            # what dies until the next cut is not worth many comparisons
+            steps = _STEPS_BETWEEN_CUTS if config.reconfigure_every_n_epochs else 10
+            self.skipper = DeadChannelSkipper(model, self.graph, self._inputs_for(model), steps=steps)
         if config.reconfigure_every_n_epochs:
             self.reconfigurer = Reconfigurer(model, self.graph, optimizers, rewrap, self._follow)
         if config.distill:

@@ -6,6 +6,7 @@ call of the convolution changes, during the module's own forward, on top of what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,16 +47,18 @@ class _Layer:
         module: the convolution.
         out_channels: channel of each output, -1 for none; likewise ``in_channels``.
         padding: two integers.
+        steps: in which ``share`` is told apart.
         live_in: int64 inputs that live, None for all; likewise ``live_out``.
         share: of the multiply-accumulates that live.
         wanted: whether maps that come out of it hold live channels only.
-        verdicts: kind of call -> decile of ``share`` at which it was measured, and what came out.
+        verdicts: kind of call -> step of ``share`` at which it was measured, and what came out.
     """
 
     module: nn.Conv2d
     out_channels: np.ndarray
     in_channels: np.ndarray
     padding: tuple[int, int]
+    steps: int = 10
     live_in: Tensor | None = None
     live_out: Tensor | None = None
     share: float = 1.0
@@ -107,6 +110,7 @@ class DeadChannelSkipper:
         model: on its device; has hooks from now on, loses them in :meth:`detach`.
         graph: its traced channels.
         inputs: an example for ``forward``.
+        steps: in so many equal steps a layer's work may die, and after each it is compared anew.
     """
 
     def __init__(
@@ -115,8 +119,10 @@ class DeadChannelSkipper:
         graph: ChannelGraph,
         inputs: ExampleInputs | None = None,
         _trusted: bool = False,
+        *,
+        steps: int = 10,
     ) -> None:
-        self._model = model
+        self._model, self._steps = model, steps
         self._handles: dict[nn.Module, list[RemovableHandle]] = {}
         self._inputs = inputs if all(p.device.type == "cpu" for p in model.parameters()) else None
         self._differs = False
@@ -127,7 +133,7 @@ class DeadChannelSkipper:
 
     def _attach(self, graph: ChannelGraph) -> None:
         self._attached = True
-        self._layers = _layers(self._model, graph) if extension_available() else []
+        self._layers = _layers(self._model, graph, self._steps) if extension_available() else []
         self._norms = FusedNorms(self._model)
         for layer in self._layers:
             self._handles[layer.module] = [
@@ -252,16 +258,16 @@ def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, gat
     last = _channels_last(x) or _channels_last(weight)  # the vendor's result is in channels_last if either is
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
-    # Compact maps change their width with every channel that dies: what was measured holds until the next decile.
+    # Compact maps change their width with every channel that dies: what was measured holds until the next step.
     key = (len(x), compact or x.shape[1], *x.shape[2:], x.dtype, needs, last, gate is None)
-    decile = int(layer.share * 10)
-    measured, choice = layer.verdicts.get(key, (11, ALL_PLAIN))
-    if (compact or choice != (SKIP, SKIP, SKIP)) and decile < measured:
+    step = math.ceil(layer.share * layer.steps)
+    measured, choice = layer.verdicts.get(key, (layer.steps + 1, ALL_PLAIN))
+    if (compact or choice != (SKIP, SKIP, SKIP)) and step < measured:
         found = _measure(layer, x, weight, bias, gate, needs, call)
         if not compact:
             found = Choice(*(SKIP if old == SKIP else new for old, new in zip(choice, found, strict=True)))
         choice = found
-        layer.verdicts[key] = (decile, choice)
+        layer.verdicts[key] = (step, choice)
     if compact or any(choice):
         result: Tensor = SkippedConv.apply(x, weight, bias, gate, call, choice)
         return result.contiguous(memory_format=torch.channels_last) if last else result
@@ -297,7 +303,7 @@ def _measure(
     return Choice(*(SKIP if run is None else fastest(run, ways, x.device) for run in parts))
 
 
-def _layers(model: nn.Module, graph: ChannelGraph) -> list[_Layer]:
+def _layers(model: nn.Module, graph: ChannelGraph, steps: int) -> list[_Layer]:
     """Every plain convolution, with the channels of its rows and columns."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = []
@@ -312,7 +318,7 @@ def _layers(model: nn.Module, graph: ChannelGraph) -> list[_Layer]:
         if name not in graph.tensors:
             continue
         rows, columns = graph.positions(name, 0), graph.positions(name, 1)
-        found.append(_Layer(module, rows, np.tile(columns, module.groups), padding))
+        found.append(_Layer(module, rows, np.tile(columns, module.groups), padding, steps))
     return found
 
 
