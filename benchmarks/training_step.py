@@ -31,6 +31,7 @@ from lightning_prune import CompactionPlan, compact, trace_channels
 from lightning_prune.channels.groups import ChannelGraph, Mask
 from lightning_prune.files import write_atomically
 from lightning_prune.gates.attach import GateHooks, consumer_channels
+from lightning_prune.reconfigure import Reconfigurer
 from lightning_prune.skipping import DeadChannelSkipper
 from lightning_prune.weights import WeightKeeper
 
@@ -102,6 +103,8 @@ class Variants:
             self.plain("small", compact(self.dense, self.x[:2], plan), compiled)
         self.multiplied()
         self.ours()
+        if share > 0:
+            self.reconfigured()
 
     def plain(self, name: str, model: nn.Module, compiled: bool) -> None:
         for label, memory_format in FORMATS.items():
@@ -135,6 +138,20 @@ class Variants:
         x = self.x.contiguous(memory_format=torch.channels_last)
         self.steps["ours"] = step_of(model, x, self.labels, keeper.zero_dead)
 
+    def reconfigured(self) -> None:
+        """Dead channels cut out of parameters and optimizer, a gate on every channel that is left; nothing to hold at zero."""
+        model = copy.deepcopy(self.dense).to(memory_format=torch.channels_last)
+        keeper = WeightKeeper(model, self.graph)
+        keeper.set_mask(self.mask)
+        keeper.zero_dead()
+        cutter = Reconfigurer(model, self.graph, tuple, lambda: None, lambda graph: None)
+        cutter.cut(self.mask, self.x[:2])
+        gates = nn.Parameter(torch.ones(self.graph.num_channels))
+        GateHooks(model, cutter.graph, lambda training: gates).attach()
+        DeadChannelSkipper(model, cutter.graph).set_mask(self.mask)
+        x = self.x.contiguous(memory_format=torch.channels_last)
+        self.steps["reconfigured"] = step_of(model.train(), x, self.labels)
+
 
 def warm_up(label: str, step: Step) -> str | None:
     """Compilation, the comparison by the clock, workspaces; why a peer cannot run, which is reported and not fatal."""
@@ -142,7 +159,7 @@ def warm_up(label: str, step: Step) -> str | None:
         step()
         step()
     except Exception as error:
-        if label == "ours":
+        if label in ("ours", "reconfigured"):
             raise
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     return None
@@ -169,6 +186,8 @@ def measure(name: str, share: float, options: argparse.Namespace) -> dict[str, A
         best = min((v for k, v in medians.items() if k.startswith(peer)), default=None)
         if best is not None:
             row[f"vs_{peer}"] = round(best / medians["ours"], 3)
+            if "reconfigured" in medians:
+                row[f"reconfigured_vs_{peer}"] = round(best / medians["reconfigured"], 3)
             row[f"best_{peer}"] = min((k for k in medians if k.startswith(peer)), key=lambda k: medians[k])
     if failed:
         row["failed"] = failed
@@ -177,8 +196,8 @@ def measure(name: str, share: float, options: argparse.Namespace) -> dict[str, A
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| network | dead | ours, ms | best dense | ratio | best small | ratio | multiplied | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| network | dead | ours, ms | best dense | ratio | best small | ratio | multiplied | ratio | cut, ms | to small |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [row["network"], f"{row['dead']:.0%}", f"{row['milliseconds']['ours']:.1f}"]
@@ -189,6 +208,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 continue
             cells += [f"{row['milliseconds'][best]:.1f} ({best.removeprefix(peer).strip() or 'nhwc'})"]
             cells += [f"{row[f'vs_{peer}']:.2f}"]
+        cut = row["milliseconds"].get("reconfigured")
+        cells += [f"{cut:.1f}", f"{row['reconfigured_vs_small']:.2f}"] if cut is not None else ["", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -236,7 +257,8 @@ def write(rows: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> No
         "# A training step on one CPU thread\n",
         "Forward, loss, backward and SGD with momentum. Ours: the full-size network, a learned gate on every channel, dead "
         "channels at zero. Small: the compacted network of the same widths. Multiplied: the gated network with torch's "
-        "kernels. In brackets the memory format, or compiled, of the fastest peer.\n",
+        "kernels. Cut: gated too, after `reconfigure_every_n_epochs` has cut the dead channels out. In brackets the memory "
+        "format, or compiled, of the fastest peer.\n",
         *(f"- {key}: {value}" for key, value in facts.items() if key != "features"),
         "",
     ]
