@@ -28,24 +28,22 @@ from cpu_runtimes import LEAST_ROUNDS, PACKAGES, environment, installed, parser,
 VARIANTS = ("ragged", "padded", "rounded", "dense")
 #: torch.compile takes half a minute to prepare; its frozen graphs make the calls of "oneDNN prepacked"
 COMPILED = ("ResNet-18",)
-#: networks whose unpruned form is measured, too; VGG-16's takes a second per call in every runtime
-DENSE = ("ResNet-18", "ResNet-50", "MobileNetV2")
+#: networks that are measured unpruned and rounded, too; those of VGG-16 take most of a second per call, and long to prepare
+WHOLE = ("ResNet-18", "ResNet-50", "MobileNetV2")
 #: seconds after which a runtime that is not ready does without
 PATIENCE = 90.0
 
 
 def variants(name: str, runtime: str, batch: int, threads: int, quick: bool) -> list[str]:
     """What a runtime is given. Those that were never the fastest, and what takes long to prepare, get less."""
-    whole = threads == 1 and batch > 1 and not quick
+    whole = threads == 1 and batch > 1 and not quick and name in WHOLE
     if runtime == "ours":
         return ["ragged", "rounded"] if whole else ["ragged"]
     if runtime == "torch.compile":
         return ["ragged"] if whole and name in COMPILED else []
     if runtime.startswith("eager"):
         return ["ragged"] if threads == 1 else []
-    return (
-        ["ragged", "padded"] + (["rounded"] if whole else []) + (["dense"] if whole and name in DENSE else [])
-    )
+    return ["ragged", "padded"] + (["rounded", "dense"] if whole else [])
 
 
 class Worker:
@@ -250,7 +248,7 @@ def main() -> None:
             workers = {runtime: Worker(context, runtime) for runtime in runtimes}
             pruned = prune(name)
             for variant in VARIANTS:
-                if variant == "dense" and name not in DENSE:
+                if variant in ("rounded", "dense") and name not in WHOLE:
                     continue
                 torch.save(getattr(pruned, variant), folder / f"{variant}.pt")
                 if any(runtime in PACKAGES for runtime in runtimes):
