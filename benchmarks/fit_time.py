@@ -167,13 +167,14 @@ def _with_interval(value: dict[str, Any] | None, scale: float, digits: int) -> s
 def table(rows: list[dict[str, Any]]) -> Table:
     """One row per network and way."""
     result = Table(title="A pruning fit to a quarter of the MACs (mean ± 95 % t interval over seeds)")
-    for column in ("network", "epochs", "way", "CPU s", "of masks, %", "warmup", "learn", "finetune", "accuracy, %",
+    for column in ("network", "epochs", "seeds", "way", "CPU s", "of masks, %", "warmup", "learn", "finetune", "accuracy, %",
                    "against masks", "memory, %"):  # fmt: skip
         result.add_column(column, justify="left" if column in ("network", "epochs", "way") else "right")
     for row in rows:
         result.add_row(
             row["network"],
             "+".join(map(str, row["epochs"])),
+            str(row["seeds"]),
             row["way"],
             _with_interval(row["seconds"], 1, 1),
             _with_interval(row["ratio"], 100, 1),
