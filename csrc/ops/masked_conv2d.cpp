@@ -134,7 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   // In the weight's own format, so that accumulating it needs no copy.
   Tensor grad_weight = x.is_cuda() ? zeros_on(x, weight_shape) : new_output(weight, weight_shape);
   const bool all_live = !a.live_in && !a.live_out && s.outputs > 0 && s.channels > 0;
-  if (need_weight && !x.is_cuda() && !all_live) torch::stable::zero_(grad_weight);
+  const bool spread = compact_maps && s.groups == 1;  // the kernel writes the zeros of dead channels too
+  if (need_weight && !x.is_cuda() && !all_live && !spread) torch::stable::zero_(grad_weight);
   Tensor grad_bias = zeros_on(x, {need_bias ? s.outputs : 0});
   Tensor grad_gate = zeros_on(x, {need_gate ? s.outputs : 0});
   Tensor grad_in_gate = zeros_on(x, {need_in_gate ? s.channels : 0});

@@ -1,5 +1,6 @@
 // Masked convolution on the CPU: restricts channel lists and packed weights to live channels, then runs the tap kernels.
 #include "driver.h"
+#include "live_weight.h"
 
 namespace lp {
 namespace {
@@ -497,12 +498,23 @@ void backward(const MaskedBackward& f, const Env& env) {
 
 }  // namespace
 
+template <class T>
+void masked_forward(const MaskedForward& f, const Env& env) {
+  f.compact_maps && f.shape.groups == 1 ? forward<T>(live_problem<T>(env, f), env) : forward<T>(f, env);
+}
+
+template <class T>
+void masked_backward(const MaskedBackward& f, const Env& env) {
+  if (!f.compact_maps || f.shape.groups > 1) return backward<T>(f, env);
+  live_backward<T>(f, env, [&](const MaskedBackward& live) { backward<T>(live, env); });
+}
+
 void masked_forward_cpu(const MaskedForward& f, const Env& env) {
-  f.dtype == DType::f64 ? forward<double>(f, env) : forward<float>(f, env);
+  f.dtype == DType::f64 ? masked_forward<double>(f, env) : masked_forward<float>(f, env);
 }
 
 void masked_backward_cpu(const MaskedBackward& f, const Env& env) {
-  f.dtype == DType::f64 ? backward<double>(f, env) : backward<float>(f, env);
+  f.dtype == DType::f64 ? masked_backward<double>(f, env) : masked_backward<float>(f, env);
 }
 
 }  // namespace lp
