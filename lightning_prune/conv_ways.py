@@ -87,9 +87,10 @@ def forward(
     """The output, computed in the given way."""
     if way == PLAIN:
         return plain(x, weight, bias, gate, call)
-    result: Tensor = torch.ops.lightning_prune.masked_conv2d(
-        x, weight, bias, None, *call.lists(way), *call.settings, "none", "auto", gate, call.compact
-    )
+    with torch._C._AutoDispatchBelowAutograd():  # the derivative is SkippedConv's
+        result: Tensor = torch.ops.lightning_prune.masked_conv2d.default(
+            x, weight, bias, None, *call.lists(way), *call.settings, "none", "auto", gate, call.compact
+        )
     return result
 
 
@@ -108,10 +109,11 @@ def backward(
         return grad, grad, grad, grad
     need_x, need_weight, need_bias, need_gate = needs
     if way != PLAIN:
-        found: tuple[Tensor, ...] = torch.ops.lightning_prune.masked_conv2d_backward(
-            grad, None, x, weight, bias, None, *call.lists(way), *call.settings, "none",
-            need_x, need_weight, need_bias, False, "auto", gate, need_gate, call.compact,
-        )  # fmt: skip
+        with torch._C._AutoDispatchBelowAutograd():
+            found: tuple[Tensor, ...] = torch.ops.lightning_prune.masked_conv2d_backward.default(
+                grad, None, x, weight, bias, None, *call.lists(way), *call.settings, "none",
+                need_x, need_weight, need_bias, False, "auto", gate, need_gate, call.compact,
+            )  # fmt: skip
         return (*found[:3], found[4])
     own, own_bias, own_gate, groups = _sliced(weight, bias, gate, call)
     sizes = None if own_bias is None else list(own_bias.shape)

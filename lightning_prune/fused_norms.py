@@ -275,9 +275,10 @@ def _forward(
     live: Tensor | None = None,
     compact_of: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.lightning_prune.masked_batch_norm_act(
-        x, None, weight, bias, None, None, None, live, eps, activation, compact_of
-    )
+    with torch._C._AutoDispatchBelowAutograd():  # the derivative is that of _Norm
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.lightning_prune.masked_batch_norm_act.default(
+            x, None, weight, bias, None, None, None, live, eps, activation, compact_of
+        )
     return found
 
 
@@ -294,10 +295,11 @@ def _backward(
     live: Tensor | None = None,
     compact_of: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, _, grad_weight, grad_bias, _ = torch.ops.lightning_prune.masked_batch_norm_act_backward(
-        grad, x, None, weight, bias, None, mean, var, live, True, eps, activation,
-        needs[0], False, needs[1], needs[2], False, compact_of,
-    )  # fmt: skip
+    with torch._C._AutoDispatchBelowAutograd():
+        grad_x, _, grad_weight, grad_bias, _ = torch.ops.lightning_prune.masked_batch_norm_act_backward.default(
+            grad, x, None, weight, bias, None, mean, var, live, True, eps, activation,
+            needs[0], False, needs[1], needs[2], False, compact_of,
+        )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,15 +34,25 @@ class Site:
     tensor: str
     dim: int
     index: Tensor
+    _index: Tensor = field(init=False, repr=False)  # where the multipliers are
+    _first: int = field(init=False, repr=False)  # of a run of channels, -1 for anything else
+
+    def __post_init__(self) -> None:
+        first = int(self.index[0]) if len(self.index) else -1
+        run = first >= 0 and torch.equal(self.index.cpu(), torch.arange(first, first + len(self.index)))
+        object.__setattr__(self, "_index", self.index)
+        object.__setattr__(self, "_first", first if run else -1)
 
     def scale(self, multipliers: Tensor, ndim: int) -> Tensor:
         """Multipliers laid out along ``dim``, ones where no channel is gated. Broadcasts against the weight."""
-        if self.index.device != multipliers.device:
-            object.__setattr__(self, "index", self.index.to(multipliers.device))
-        padded = torch.cat([multipliers, multipliers.new_ones(1)])
         shape = [1] * ndim
         shape[self.dim] = -1
-        return padded[self.index].view(shape)
+        if self._first >= 0:
+            return multipliers.narrow(0, self._first, len(self.index)).view(shape)
+        if self._index.device != multipliers.device:
+            object.__setattr__(self, "_index", self._index.to(multipliers.device))
+        padded = torch.cat([multipliers, multipliers.new_ones(1)])
+        return padded.index_select(0, self._index.where(self._index >= 0, len(multipliers))).view(shape)
 
 
 def consumer_sites(graph: ChannelGraph) -> list[Site]:
