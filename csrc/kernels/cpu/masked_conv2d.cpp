@@ -500,7 +500,7 @@ void backward(const MaskedBackward& f, const Env& env) {
 
 template <class T>
 void masked_forward(const MaskedForward& f, const Env& env) {
-  f.compact_maps && f.shape.groups == 1 ? forward<T>(live_problem<T>(env, f), env) : forward<T>(f, env);
+  f.compact_maps&& f.shape.groups == 1 ? forward<T>(live_problem<T>(env, f), env) : forward<T>(f, env);
 }
 
 template <class T>
