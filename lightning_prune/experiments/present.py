@@ -25,6 +25,12 @@ LABELS = {
     "group_norm": "Torch-Pruning GroupNorm",
 }
 
+#: without the red and the greys of the default method and the baselines
+_COLOURS = (
+    "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan",
+    "navy", "gold", "limegreen", "orchid", "peru", "teal",
+)  # fmt: skip
+
 
 def shown_network(row: Row, settings: Mapping[str, Setting]) -> str:
     """The network under which a row is shown."""
@@ -101,7 +107,7 @@ def plot_accuracy(
             style = styles.setdefault(name, _style(each[0], len(styles)))
             shares = [r.macs_share if metric == "macs" else r.params_share for r in each]
             # side by side, or the intervals of ten methods at one budget cover each other
-            shift = 0.6 * (index - (len(shown) - 1) / 2)
+            shift = 0.4 * (index - (len(shown) - 1) / 2)
             x = [100 * (1 - s.mean) + shift for s in shares]
             y = [100 * r.accuracy.mean for r in each]
             error = [
@@ -137,9 +143,8 @@ def _style(row: Row, index: int) -> dict[str, Any]:
         return {"color": "crimson", "linewidth": 2.2, "marker": "o", "zorder": 3}
     if row.method in FROM_SCRATCH:
         return {"color": "0.35" if row.method == "from_scratch" else "0.6", "linestyle": "--", "marker": "s"}
-    colours = (0, 1, 2, 4, 5, 6, 8, 9)  # without the red and the grey of the others
     return {
-        "color": f"C{colours[index % len(colours)]}",
+        "color": _COLOURS[index % len(_COLOURS)],
         "linewidth": 1.1,
         "marker": "ovD^<>Pp*hX"[index % 11],
     }
