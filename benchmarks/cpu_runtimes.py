@@ -120,10 +120,8 @@ def take_turns(
     return times
 
 
-def environment(
-    isa: str, versions: Mapping[str, str], missing: Mapping[str, str], **more: Any
-) -> dict[str, Any]:
-    """Facts for a results file: processor, versions, peers, and ``more``."""
+def machine() -> dict[str, Any]:
+    """Processor, what the extension found in it, and versions; for benchmarks on one thread."""
     import torch
 
     from lightning_prune.ops import _loading
@@ -133,14 +131,23 @@ def environment(
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     return {
         "cpu": cpu,
-        "isa": isa,
         "features": info.cpu_features() if info else None,
         "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": 1,
+    }
+
+
+def environment(
+    isa: str, versions: Mapping[str, str], missing: Mapping[str, str], **more: Any
+) -> dict[str, Any]:
+    """Facts for a results file: processor, versions, peers, and ``more``."""
+    return {
+        **machine(),
+        "isa": isa,
         "peers": dict(versions),
         "missing_peers": dict(missing),
-        "threads": 1,
         "clock": "process CPU time",
-        "python": platform.python_version(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         **more,
     }

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
 import sys
 import time
@@ -28,8 +27,10 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from training_models import ResNet18, vgg16  # noqa: E402
+from training_step import environment  # noqa: E402
 
 from lightning_prune import prune_channels  # noqa: E402
+from lightning_prune.files import write_atomically  # noqa: E402
 from lightning_prune.latency import compare_latency  # noqa: E402
 from lightning_prune.latency_budget import LATENCY_TOLERANCE  # noqa: E402
 from lightning_prune.models import ArticleNet, resnet20  # noqa: E402
@@ -120,13 +121,16 @@ def main() -> None:
     view = table(rows)
     Console().print(view)
     if not options.quick:
-        facts = {"torch": torch.__version__, "threads": 1, "load_average": os.getloadavg()[0], "runs": runs}
+        facts = environment() | {"clock": "wall time, medians of calls that take turns", "runs": runs}
         write_json(HERE / "results" / "latency_budget.json", {"environment": facts, "rows": rows})
-        (HERE / "results" / "latency_budget.md").write_text(
-            "# Budgets in latency\n\nDescribed in `benchmarks/latency_budget.py`.\n\n```\n"
-            + to_text(view)
-            + "\n```\n"
-        )
+        notes = [
+            "# Budgets in latency\n",
+            "Described in `benchmarks/latency_budget.py`.\n",
+            "```",
+            to_text(view),
+            "```\n",
+        ]
+        write_atomically(HERE / "results" / "latency_budget.md", "\n".join(notes).encode())
 
 
 if __name__ == "__main__":

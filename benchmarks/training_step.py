@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cpu_runtimes import machine
 from torch import Tensor, nn
 from training_models import NETWORKS
 
@@ -215,19 +215,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Processor, versions and load."""
-    from lightning_prune.ops import _loading
-
-    info = _loading.build_info()
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return {
-        "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
-        "features": info.cpu_features() if info else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": 1,
-        "load_average": round(os.getloadavg()[0], 1),
-    }
+    """Machine and load."""
+    return machine() | {"load_average": round(os.getloadavg()[0], 1)}
 
 
 def main() -> None:

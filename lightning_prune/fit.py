@@ -143,8 +143,9 @@ class PruningFit:
         assert self.keeper is not None
         assert self.chooser is not None
         self._teach(model)
-        full_size = self.reconfigurer.full_size if self.reconfigurer is not None else contextlib.nullcontext
-        self.learner = MaskLearner(model, self.graph, self.cost, self.config, self.chooser, steps, full_size)
+        self.learner = MaskLearner(
+            model, self.graph, self.cost, self.config, self.chooser, steps, self._at_full_size
+        )
         self.learner.gates.attach()
         if self.config.sphere:
             self.keeper.remember_radii()
@@ -309,6 +310,10 @@ class PruningFit:
         """Whether the network has all its channels, dead or not."""
         return self.reconfigurer is None or bool(self.reconfigurer.mask.all())
 
+    def _at_full_size(self) -> contextlib.AbstractContextManager[None]:
+        """The tensors at full size for a moment, for whoever reads them in dense numbering."""
+        return self.reconfigurer.full_size() if self.reconfigurer is not None else contextlib.nullcontext()
+
     # ---- records ---------------------------------------------------------------------------------------------------
 
     def mask(self) -> Mask:
@@ -325,10 +330,7 @@ class PruningFit:
             return None
         channels = self.graph.positions(f"{self._first}.weight" if self._first else "weight", 0)
         live = torch.from_numpy(np.append(self.mask(), True)[channels])
-        full_size = (
-            self.reconfigurer.full_size() if self.reconfigurer is not None else contextlib.nullcontext()
-        )
-        with full_size:
+        with self._at_full_size():
             after = self.keeper.weight(self._first).detach().cpu().clone()
         return FirstFilters(self._first, self._filters_before, after, live)
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .hooks import SLOT, ExchangedCall, hooked
+from .hooks import SLOT, ExchangedCall, hooked, only_plain_calls
 from .nn._convert import activation_name
 from .ops import ACTIVATIONS
 from .ops.availability import can_run_masked_batch_norm_act, extension_available
@@ -218,11 +217,7 @@ class _NormCall(ExchangedCall):
 def _allowed(norm: nn.BatchNorm2d, x: Any, least: int) -> bool:
     if not norm.training or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() < least:
         return False
-    if x.numel() <= x.shape[1] or torch.is_autocast_enabled(x.device.type) or x.is_cuda:
-        return False
-    if torch.are_deterministic_algorithms_enabled() or torch.jit.is_tracing():
-        return False
-    if _get_current_dispatch_mode() is not None or hooked(norm):
+    if x.numel() <= x.shape[1] or x.is_cuda or only_plain_calls(x.device.type) or hooked(norm):
         return False
     if any(t is not None and t.dtype != x.dtype for t in (norm.weight, norm.bias)):
         return False

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as internals
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 #: where ``nn.Module`` looks for an exchanged call, which copies and pickles leave out
 SLOT = "_compiled_call_impl"
@@ -59,3 +61,14 @@ class ExchangedCall:
 def hooked(module: nn.Module) -> bool:
     """Whether a module has hooks of any kind."""
     return any(getattr(module, name) for name in HOOKS) or bool(internals._has_any_global_hook())
+
+
+def only_plain_calls(device: str) -> bool:
+    """Whether modules have to compute as the user wrote them, whatever would be faster.
+
+    Under autocast on ``device`` (a type, as in ``"cpu"``), with ``torch.use_deterministic_algorithms`` (choices depend on the
+    clock, and rounding on choices), while ``torch.jit`` traces, and under a dispatch mode: somebody watches the operators.
+    """
+    if torch.is_autocast_enabled(device) or torch.are_deterministic_algorithms_enabled():
+        return True
+    return bool(torch.jit.is_tracing()) or _get_current_dispatch_mode() is not None

@@ -14,15 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
 from .channels.groups import ChannelGraph, Mask
 from .gates.attach import LIVE_INPUTS, GateHooks, consumer_channels
-from .hooks import HOOKS, SLOT, ExchangedCall, Marker, PrivateHook, is_private
+from .hooks import HOOKS, SLOT, ExchangedCall, Marker, PrivateHook, is_private, only_plain_calls
 
 #: live share of the channels from which on full maps, whose rows are aligned, are as fast
 MOST_LIVE = 0.9
+
+
+def live_indices(alive: np.ndarray, device: torch.device | str = "cpu") -> Tensor | None:
+    """Positions, int64, where ``alive`` (bool, one dimension) is True; None for all of them."""
+    return None if alive.all() else torch.from_numpy(np.flatnonzero(alive)).to(device)
 
 
 class LiveMaps:
@@ -98,9 +102,7 @@ class LiveMaps:
         """Whether this call of the whole network may run with compact maps."""
         if not self._possible or self.running or not (call.training or self.always):
             return False
-        if torch.are_deterministic_algorithms_enabled() or torch.jit.is_tracing():
-            return False
-        if torch.is_autocast_enabled("cpu") or _get_current_dispatch_mode() is not None:
+        if only_plain_calls("cpu"):
             return False
         if any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args):
             return False
@@ -164,8 +166,7 @@ class _Linear:
     def set_mask(self, mask: Mask) -> None:
         live = np.append(mask, True)
         ins, outs = live[self._ins], live[self._outs]
-        self.live_in = None if ins.all() else torch.from_numpy(np.flatnonzero(ins))
-        self.live_out = None if outs.all() else torch.from_numpy(np.flatnonzero(outs))
+        self.live_in, self.live_out = live_indices(ins), live_indices(outs)
 
 
 class _Widen(PrivateHook):

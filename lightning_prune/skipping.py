@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
 from . import conv_ways
@@ -25,9 +24,9 @@ from .compaction.apply import clone_model
 from .conv_ways import ALL_PLAIN, FULL, PLAIN, SKIP, Choice, ConvCall, SkippedConv
 from .fused_norms import FusedNorms
 from .gates.attach import IN_GATE, LIVE_INPUTS, TAKES_GATES
-from .hooks import Marker, PrivateHook
+from .hooks import Marker, PrivateHook, only_plain_calls
 from .inputs import ExampleInputs
-from .live_maps import LiveMaps
+from .live_maps import LiveMaps, live_indices
 from .nn._convert import symmetric_padding
 from .ops.availability import can_run_masked_conv2d, extension_available
 from .timing import fastest
@@ -73,8 +72,7 @@ class _Layer:
         if depthwise:  # its weight has no columns: an input lives with its outputs
             ins = outs.reshape(self.module.groups, -1).any(axis=1)
         device = self.module.weight.device
-        self.live_in = None if ins.all() else torch.from_numpy(np.flatnonzero(ins)).to(device)
-        self.live_out = None if outs.all() else torch.from_numpy(np.flatnonzero(outs)).to(device)
+        self.live_in, self.live_out = live_indices(ins, device), live_indices(outs, device)
         self.share = float(outs.mean() * (1.0 if depthwise else ins.mean()))
 
     def call(self, compact: bool = False) -> ConvCall:
@@ -175,10 +173,7 @@ class DeadChannelSkipper:
             layer.module.__dict__[LIVE_INPUTS] = Marker(layer.live_in)
         live = np.append(mask, True)
         for norm, channels in self._norm_channels.items():
-            alive = live[channels]
-            self._norms.set_live(
-                norm, None if alive.all() else torch.from_numpy(np.flatnonzero(alive)), wanted
-            )
+            self._norms.set_live(norm, live_indices(live[channels]), wanted)
         if self._maps is not None:
             outs = [live[layer.out_channels] for layer in self._layers]
             self._maps.set_mask(mask, float(np.concatenate(outs).mean()))
@@ -226,13 +221,7 @@ class _Restore(PrivateHook):
 
 
 def _allowed(layer: _Layer, x: Any) -> bool:
-    if not isinstance(x, Tensor) or x.dim() != 4 or torch.is_autocast_enabled(x.device.type):
-        return False
-    if torch.are_deterministic_algorithms_enabled() or torch.jit.is_tracing():
-        return False
-    if (
-        _get_current_dispatch_mode() is not None
-    ):  # somebody watches the operators: the comparison is not theirs
+    if not isinstance(x, Tensor) or x.dim() != 4 or only_plain_calls(x.device.type):
         return False
     conv = layer.module
     if (

@@ -28,7 +28,7 @@ LABELS = {
 #: without the red and the greys of the default method and the baselines
 _COLOURS = (
     "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan",
-    "navy", "gold", "limegreen", "orchid", "peru", "teal",
+    "navy", "gold", "limegreen", "orchid", "peru", "teal", "slateblue", "yellowgreen",
 )  # fmt: skip
 
 

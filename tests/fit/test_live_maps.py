@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_prune import ops, trace_channels
+from lightning_prune.channels.groups import ChannelGraph
 from lightning_prune.gates.attach import GateHooks
 from lightning_prune.skipping import DeadChannelSkipper
 from lightning_prune.weights import WeightKeeper
@@ -58,9 +59,8 @@ class Outer(nn.Module):
         return self.net(x)
 
 
-def masked(model: nn.Module) -> tuple[nn.Module, DeadChannelSkipper, np.ndarray]:
-    """Half of the channels dead; the plain twin is a deep copy."""
-    model = model.double()
+def half_dead(model: nn.Module) -> tuple[ChannelGraph, np.ndarray]:
+    """Zero the weights of half of the channels; at least one of every group lives."""
     graph = trace_channels(model, X[:1])
     mask = np.random.default_rng(1).random(graph.num_channels) >= 0.5
     for group in graph.groups:
@@ -68,6 +68,13 @@ def masked(model: nn.Module) -> tuple[nn.Module, DeadChannelSkipper, np.ndarray]
     keeper = WeightKeeper(model, graph)
     keeper.set_mask(mask)
     keeper.zero_dead()
+    return graph, mask
+
+
+def masked(model: nn.Module) -> tuple[nn.Module, DeadChannelSkipper, np.ndarray]:
+    """Half of the channels dead; the plain twin is a deep copy."""
+    model = model.double()
+    graph, mask = half_dead(model)
     skipper = DeadChannelSkipper(model, graph, X[:1])
     skipper.set_mask(mask)
     return model, skipper, mask
@@ -148,13 +155,7 @@ def test_second_derivatives_and_checkpoints() -> None:
 @pytest.mark.parametrize("first", ["gates", "skipper"])
 def test_gates_multiply_what_is_left(first: str, per_sample: bool) -> None:
     model = Net().double()
-    graph = trace_channels(model, X[:1])
-    mask = np.random.default_rng(1).random(graph.num_channels) >= 0.5
-    for group in graph.groups:
-        mask[group.start] = True
-    keeper = WeightKeeper(model, graph)
-    keeper.set_mask(mask)
-    keeper.zero_dead()
+    graph, mask = half_dead(model)
     twin = copy.deepcopy(model)
     found = []
     for net in (model, twin):
