@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lightning_prune import ops
 from lightning_prune.ops._library import output_format
+from lightning_prune.ops.availability import can_run_compact_conv2d
 from lightning_prune.ops.tensor_cores import rows_of_channels
 
 Run = Callable[[Tensor, "Tensor | None"], Tensor]
-#: input shapes of one module that are measured; what comes later runs our kernel
+#: signatures of one module's inputs that are measured and remembered; what comes later runs our kernel
 LIMIT = 8
 
 
@@ -84,22 +85,42 @@ def _finished(layer: Layer, y: Tensor, residual: Tensor | None) -> Tensor:
 class Chooser:
     """The choice of one module, per signature of its input; forgotten by copies and pickles.
 
+    A call of a known signature costs one look-up; what must be asked besides is asked when a signature is new.
+
     Args:
         layer: makes the layer's description, with the weight unpacked; called when something is measured.
+        own: our kernel, for inputs that it takes.
+        reference: ours for every other input.
     """
 
-    def __init__(self, layer: Callable[[], Layer]) -> None:
-        self._layer = layer
-        self._chosen: dict[Any, Run | None] = {}
+    def __init__(self, layer: Callable[[], Layer], own: Run, reference: Run) -> None:
+        self._layer, self._own, self._reference = layer, own, reference
+        self._chosen: dict[Any, Run] = {}
 
-    def choose(self, mode: str, own: Run, x: Tensor, residual: Tensor | None) -> Run:
-        """The implementation for inputs like ``x``: ``own``, or another one where it is faster or asked for."""
-        key = (mode, x.shape, x.stride(), x.dtype, x.device, residual is None, torch.get_num_threads())
-        if key not in self._chosen:
-            if len(self._chosen) >= LIMIT and mode == "auto":
-                return own
-            self._chosen[key] = self._found(mode, own, x, residual)
-        return self._chosen[key] or own
+    def choose(self, backend: str, x: Tensor, residual: Tensor | None) -> Run:
+        """The implementation for inputs like ``x``: ours, or another one where it is faster or asked for."""
+        key = (
+            backend, x.shape, x.stride(), x.dtype, x.device, residual is None, torch.get_num_threads(),
+            x.requires_grad and torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+        return self._chosen.get(key) or self._new(key, backend, x, residual)
+
+    def _new(self, key: Any, backend: str, x: Tensor, residual: Tensor | None) -> Run:
+        mode = backend.strip().lower() or "auto"
+        if mode not in ("auto", "own", "vendor"):
+            raise ValueError(f"LIGHTNING_PRUNE_BACKEND must be one of auto, own, vendor; got {backend!r}")
+        ours = self._own if can_run_compact_conv2d(x).ok else self._reference
+        gradient = x.requires_grad and torch.is_grad_enabled()
+        if x.numel() == 0 or (mode == "auto" and x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return ours  # nothing to measure, or not now
+        if mode != "vendor" and len(self._chosen) >= LIMIT:
+            return ours
+        measured = ours is self._own and not torch.are_deterministic_algorithms_enabled()
+        if mode == "own" or gradient or (mode == "auto" and not measured):
+            self._chosen[key] = ours
+        else:
+            self._chosen[key] = self._found(mode, ours, x, residual) or ours
+        return self._chosen[key]
 
     def _found(self, mode: str, own: Run, x: Tensor, residual: Tensor | None) -> Run | None:
         from lightning_prune.inference import cache, choice
