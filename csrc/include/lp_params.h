@@ -150,7 +150,9 @@ struct CompactForward {
   int lanes;
   const void* tensor_weight;
   bool bias_is_float;  // else x's dtype
-  bool y_has_room;     // y's channels are followed by memory of its own up to a multiple of 8
+  // The map's channels are followed by lanes of its own, up to a multiple of 8: they hold anything and may be overwritten.
+  bool y_has_room;
+  bool x_has_room, residual_has_room;  // CPU
 };
 
 }  // namespace lp

@@ -20,21 +20,24 @@ int64_t extent(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_
   return span < 0 ? -1 : span / stride + 1;
 }
 
-void check_place(const SegmentHeader& h, int64_t i, int64_t place, int64_t c, int64_t height, int64_t width) {
+void check_place(const SegmentHeader& h, int64_t i, int64_t place, int64_t step, int64_t c, int64_t height, int64_t width) {
+  check(place >= 0 ? step >= c : step == c, i, "the step from pixel to pixel");
   if (place == kFromInput)
     check(c == h.x_c && height == h.x_h && width == h.x_w, i, "the input's shape");
   else if (place == kToOutput)
     check(c == h.y_c && height == h.y_h && width == h.y_w, i, "the output's shape");
   else
-    check(place >= 0 && c > 0 && height > 0 && width > 0 && place + c * height * width <= h.arena, i, "a place in the arena");
+    check(place >= 0 && c > 0 && height > 0 && width > 0 && place + step * height * width <= h.arena, i,
+          "a place in the arena");
 }
 
 void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::vector<Tensor>& tensors) {
   check(t.kind == kConv || t.kind == kMaxPool, i, "its kind");
   check(t.in != kToOutput && t.out != kFromInput && t.residual != kToOutput && t.out != t.in, i, "its places");
-  check_place(h, i, t.in, t.channels, t.height, t.width);
-  check_place(h, i, t.out, t.outputs, t.out_h, t.out_w);
-  if (t.residual != kNone) check_place(h, i, t.residual, t.outputs, t.out_h, t.out_w);
+  check_place(h, i, t.in, t.in_step, t.channels, t.height, t.width);
+  check_place(h, i, t.out, t.out_step, t.outputs, t.out_h, t.out_w);
+  check(t.residual != kNone || t.residual_step == 0, i, "the step of its residual");
+  if (t.residual != kNone) check_place(h, i, t.residual, t.residual_step, t.outputs, t.out_h, t.out_w);
   check(t.kh > 0 && t.kw > 0 && t.stride_h > 0 && t.stride_w > 0 && t.dil_h > 0 && t.dil_w > 0 && t.pad_h >= 0 && t.pad_w >= 0,
         i, "its window");
   check(t.out_h == extent(t.height, t.kh, t.stride_h, t.pad_h, t.dil_h) &&
@@ -42,7 +45,7 @@ void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::ve
         i, "its output's size");
   if (t.kind == kMaxPool) {
     check(t.channels == t.outputs && 2 * t.pad_h <= t.kh && 2 * t.pad_w <= t.kw && t.dil_h == 1 && t.dil_w == 1 &&
-              t.in != kFromInput && t.residual == kNone,
+              t.in != kFromInput && t.residual == kNone && t.in_step == t.channels && t.out_step == t.outputs,
           i, "its pooling window");
     return;
   }
@@ -62,7 +65,7 @@ Tensor compact_segment(const Tensor& x, const std::vector<Tensor>& tensors, cons
   const auto* numbers = static_cast<const int64_t*>(program.data_ptr());
   SegmentHeader h{};
   if (program.size(0) >= head) std::memcpy(&h, numbers, sizeof(h));
-  if (h.version != 1 || h.steps < 1 || program.size(0) != head + h.steps * each || h.arena < 0 || h.slice < 1)
+  if (h.version != 2 || h.steps < 1 || program.size(0) != head + h.steps * each || h.arena < 0 || h.slice < 1)
     fail(kOp, ": program is damaged or from another version");
   if (x.dim() != 4 || x.is_cuda() || x.scalar_type() != ScalarType::Float || x.size(1) != h.x_c || x.size(2) != h.x_h ||
       x.size(3) != h.x_w)

@@ -98,6 +98,8 @@ void compact(const CompactForward& f, bool winograd, const Env& env) {
   p.out = f.y;
   p.residual = f.residual;
   p.act = f.act;
+  p.x_room = f.x_has_room;
+  p.out_room = f.y_has_room && (!f.residual.data || f.residual_has_room);
 
   // Channels of y that no output adds to: act(residual). Whole pixels, where that is possible: the outputs follow.
   const bool filled = f.y_channels > s.outputs && f.dtype == DType::f32 && level().residual_rows(p, f.y_channels, env);

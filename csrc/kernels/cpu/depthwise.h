@@ -181,8 +181,20 @@ static bool is_depthwise_rows(const TapConv& p) {
 
 static bool depthwise(const TapConv& p, const Env& env) {
   if (!is_depthwise_rows(p)) return false;
-  const int64_t channels = p.out_begin[1];
-  float* zeros = static_cast<float*>(env.alloc(env.owner, size_t(channels) * 4));
+  const int64_t exact = p.out_begin[1];
+  const auto floats = [&](int64_t count) { return static_cast<float*>(env.alloc(env.owner, size_t(count) * 4)); };
+  const float *weight = static_cast<const float*>(p.weight), *shift = static_cast<const float*>(p.shift);
+  // Spare lanes are computed with weights of zero: whole vectors on whole cache lines.
+  const int64_t channels = p.x_room && p.out_room ? round_up(exact, 8) : exact;
+  if (channels > exact) {
+    float* padded = floats(10 * channels);
+    memset(padded, 0, size_t(10 * channels) * 4);
+    for (int64_t tap = 0; tap < 9; ++tap) memcpy(padded + tap * channels, weight + tap * exact, size_t(exact) * 4);
+    if (shift) memcpy(padded + 9 * channels, shift, size_t(exact) * 4);
+    weight = padded;
+    shift = padded + 9 * channels;
+  }
+  float* zeros = floats(channels);
   memset(zeros, 0, size_t(channels) * 4);
   const int64_t wanted = env.threads > 1 ? 4 * env.threads : 1;
   const int64_t bands = std::min(p.rows, std::max<int64_t>(1, (wanted + p.n - 1) / std::max<int64_t>(1, p.n)));
@@ -195,9 +207,9 @@ static bool depthwise(const TapConv& p, const Env& env) {
     r.pad = -p.tap_w[0];
     r.width = p.width;
     r.cols = p.cols;
-    r.weight = static_cast<const float*>(p.weight);
+    r.weight = weight;
     r.tap_stride = channels;
-    r.shift = static_cast<const float*>(p.shift);
+    r.shift = shift;
     r.residual_step = p.residual.w;
     r.residual_row = p.residual.h;
     r.out_step = p.out.w;

@@ -46,26 +46,29 @@ void run_in_team(int64_t n, void (*body)(int64_t, int64_t, void*), void* ctx) {
   if (n > 0) led_team()->parallel(n, body, ctx);
 }
 
-View dense(float* data, int64_t c, int64_t h, int64_t w) { return View{data, c * h * w, 1, w * c, c}; }
+View channels_last(float* data, int64_t step, int64_t h, int64_t w) { return View{data, step * h * w, 1, w * step, step}; }
 
 struct Buffers {
   const Segment& s;
   float* arena;
   int64_t first;  // image
 
-  View at(int64_t place, int64_t c, int64_t h, int64_t w) const {
+  View at(int64_t place, int64_t step, int64_t h, int64_t w) const {
     if (place == kFromInput) {
       View v = s.x;
       v.data = static_cast<float*>(v.data) + first * v.n;
       return v;
     }
-    if (place == kToOutput) return dense(s.y + first * c * h * w, c, h, w);
-    return dense(arena + place * s.header->slice, c, h, w);
+    if (place == kToOutput) return channels_last(s.y + first * step * h * w, step, h, w);
+    return channels_last(arena + place * s.header->slice, step, h, w);
   }
 };
 
+// Lanes up to a multiple of 8 that belong to the map alone: only the arena's maps have them.
+bool has_room(int64_t place, int64_t step, int64_t channels) { return place >= 0 && step >= (channels + 7) / 8 * 8; }
+
 void run_step(const Segment& s, const SegmentStep& t, const Buffers& b, int64_t images, const Env& env) {
-  const View x = b.at(t.in, t.channels, t.height, t.width), y = b.at(t.out, t.outputs, t.out_h, t.out_w);
+  const View x = b.at(t.in, t.in_step, t.height, t.width), y = b.at(t.out, t.out_step, t.out_h, t.out_w);
   if (t.kind == kMaxPool) {
     const MaxPool p{static_cast<const float*>(x.data),
                     static_cast<float*>(y.data),
@@ -90,12 +93,15 @@ void run_step(const Segment& s, const SegmentStep& t, const Buffers& b, int64_t 
   f.dtype = DType::f32;
   f.x = x;
   f.y = y;
-  if (t.residual != kNone) f.residual = b.at(t.residual, t.outputs, t.out_h, t.out_w);
+  if (t.residual != kNone) f.residual = b.at(t.residual, t.residual_step, t.out_h, t.out_w);
   f.packed = s.tensor[t.weight];
   f.tile = int(t.tile);
   f.bias = t.bias == kNone ? nullptr : s.tensor[t.bias];
   f.in_index = IndexList{nullptr, t.channels};
   f.out_index = IndexList{nullptr, t.outputs};
+  f.x_has_room = has_room(t.in, t.in_step, t.channels);
+  f.y_has_room = has_room(t.out, t.out_step, t.outputs);
+  f.residual_has_room = has_room(t.residual, t.residual_step, t.outputs);
   f.x_channels = t.channels;
   f.y_channels = t.outputs;
   f.act = Act(t.act);

@@ -9,7 +9,7 @@ constexpr int64_t kNone = -1, kFromInput = -2, kToOutput = -3;
 constexpr int64_t kConv = 0, kMaxPool = 1;
 
 struct SegmentHeader {
-  int64_t version;  // 1
+  int64_t version;  // 2
   int64_t steps;
   int64_t x_c, x_h, x_w, y_c, y_h, y_w;
   int64_t arena;  // floats per image
@@ -21,7 +21,8 @@ struct SegmentStep {
   int64_t weight, bias, act;  // index into the tensors; Act
   int64_t channels, height, width, outputs, out_h, out_w;
   int64_t kh, kw, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
-  int64_t tile;  // filled in by the binding: Winograd weights in the packed tensor
+  int64_t in_step, out_step, residual_step;  // floats from pixel to pixel
+  int64_t tile;                              // filled in by the binding: Winograd weights in the packed tensor
 };
 
 struct Segment {
