@@ -53,6 +53,19 @@ def scarcity(graph: ChannelGraph, mask: Mask) -> Floats:
     return shares[graph.group_of()] ** 2
 
 
+def _kept_whole(graph: ChannelGraph, protected: Mask | None, free: float) -> str:
+    """Which layers stay as they are, for an error message, and the share ``free`` that is left without that; or nothing."""
+    whole = [group for group in graph.groups if protected is not None and protected[group.ids].all()]
+    if not whole:
+        return ""
+    names = [f"{group.name} (residual stream)" if group.is_stream else group.name for group in whole]
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (
+        f"{len(whole)} of {len(graph)} channel groups are kept whole: {listed}; with all of them it could have "
+        f"{free:.4f} (prune_streams=True, include=, exclude=). "
+    )
+
+
 def select_channels(
     graph: ChannelGraph,
     saliency: Floats,
@@ -98,10 +111,12 @@ def select_channels(
     floor = floor_mask(graph, values, min_channels, round_to, protected, removable)
     lowest = cost.cost(floor)
     if lowest > limit:
+        free = cost.cost(floor_mask(graph, values, min_channels, round_to, removable=removable))
         raise BudgetError(
             f"target={target:g} of the {cost.metric} cannot be reached: with min_channels={min_channels} and "
-            f"round_to={round_to} the smallest network has {lowest / cost.dense:.4f} of them. Raise target, lower "
-            "min_channels, or let more layers be pruned (include=, prune_streams=True)."
+            f"round_to={round_to} the smallest network has {lowest / cost.dense:.4f} of them. "
+            + _kept_whole(graph, protected, free / cost.dense)
+            + "Raise target or lower min_channels."
         )
     mask = np.ones(graph.num_channels, dtype=bool)
     if eligible is not None:

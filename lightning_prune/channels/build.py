@@ -34,6 +34,7 @@ class _Classes:
                     space.freeze(vector, "not used by forward on the example input", "")
         self.tensors = tensors
         self.root, self.frozen = space.solve()
+        self.summed = space.summed()
         self.reasons = list(space.freezes)
         self.produced = _first_seen(flow.producers, space.size)
         self.consumed = _first_seen(flow.consumers, space.size) < _LATE
@@ -127,7 +128,8 @@ def build_graph(
         names[name] += 1
         unique = name if names[name] == 1 else f"{name}#{names[name]}"
         gateable = not gateless[roots].any() and any(m.role == "in" for m in members)
-        groups.append(ChannelGroup(unique, start, len(roots), members, gateable))
+        stream = _is_stream(classes, group, roles)
+        groups.append(ChannelGroup(unique, start, len(roots), members, gateable, stream))
 
     ids = channel[classes.root]
     ids[FIXED] = -1
@@ -166,6 +168,12 @@ def _first_producer(classes: _Classes, group: Mapping[Key, Vector], roles: Mappi
         return int(classes.produced[classes.own(key)[group[key].ravel()]].min())
 
     return min((key for key in group if roles[key] == "out"), key=produced, default=next(iter(group)))
+
+
+def _is_stream(classes: _Classes, group: Mapping[Key, Vector], roles: Mapping[Key, Role]) -> bool:
+    """Do two producers write into one channel by being added? All channels of a group are alike: the first one tells."""
+    owned = [set(classes.summed[classes.own(key)[group[key][0]]]) for key in group if roles[key] == "out"]
+    return any(not a.isdisjoint(b) for a, b in itertools.combinations(owned, 2))
 
 
 def _size_rules(flow: Flow, ids: Vector) -> tuple[SizeRule, ...]:

@@ -133,7 +133,7 @@ class Flow:
         for vector in self.get(tensor):
             self.space.freeze(vector, reason)
 
-    def join(self, tensors: Sequence[Tensor], shape: Sequence[int]) -> Labels:
+    def join(self, tensors: Sequence[Tensor], shape: Sequence[int], product: bool = False) -> Labels:
         """Unite labels index by index under broadcasting to ``shape``; return the joined labels."""
         ndim = len(shape)
         joined: Labels = []
@@ -147,10 +147,10 @@ class Flow:
                     vectors.append(vector if vector is not None else np.zeros(shape[d], np.int64))
                 elif vector is not None:
                     self.space.freeze(vector, "one channel broadcast over others")
-            joined.append(self.join_vectors(vectors))
+            joined.append(self.join_vectors(vectors, product))
         return joined
 
-    def join_vectors(self, vectors: Sequence[Vector]) -> Vector | None:
+    def join_vectors(self, vectors: Sequence[Vector], product: bool = False) -> Vector | None:
         """Unite vectors of equal length position by position; ``None`` when nothing is labelled."""
         if not any((v > FIXED).any() for v in vectors):
             return None
@@ -158,7 +158,7 @@ class Flow:
         result = vectors[0]
         for vector in vectors[1:]:
             if vector is not result:
-                self.space.unite(result, vector)
+                self.space.unite(result, vector, product=product)
                 result = np.where(vector == FIXED, FIXED, result)
         return result
 

@@ -48,6 +48,8 @@ class ChannelGroup:
         size: number of channels.
         members: every tensor dimension that the group controls.
         gateable: False when a consumer reads its weight outside the module that owns it, so that no gate can be hung.
+        is_stream: True for a residual stream: what several producers write into the channels is added up. Where it is
+            multiplied (squeeze and excitation, gated units, queries and keys) it is none.
     """
 
     name: str
@@ -55,16 +57,12 @@ class ChannelGroup:
     size: int
     members: tuple[Member, ...]
     gateable: bool = True
+    is_stream: bool = False
 
     @property
     def ids(self) -> slice:
         """The group's range in flat vectors over all channels."""
         return slice(self.start, self.start + self.size)
-
-    @property
-    def is_stream(self) -> bool:
-        """True for a residual stream: several producers write into the same channels."""
-        return sum(m.role == "out" for m in self.members) > 1
 
     def by_role(self, role: Role) -> tuple[Member, ...]:
         """Members with the given role."""

@@ -61,6 +61,7 @@ class LabelSpace:
     size: int = 1
     where: str = ""
     _edges: list[tuple[Vector, Vector]] = field(default_factory=list)
+    _products: list[tuple[Vector, Vector]] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     _frozen: list[Vector] = field(default_factory=list)
     _soft: list[int] = field(default_factory=list)  # starts and ends of soft ranges, rising
@@ -80,15 +81,20 @@ class LabelSpace:
         """True when the vector was allocated by :meth:`soft`."""
         return bool(len(vector)) and bisect.bisect_right(self._soft, int(vector[0])) % 2 == 1
 
-    def unite(self, a: Vector, b: Vector, reason: str = "joined with a tensor of fixed size") -> None:
-        """Demand that ``a[i]`` and ``b[i]`` are removed together; a ``FIXED`` partner freezes the other."""
+    def unite(
+        self, a: Vector, b: Vector, reason: str = "joined with a tensor of fixed size", product: bool = False
+    ) -> None:
+        """Demand that ``a[i]`` and ``b[i]`` are removed together; a ``FIXED`` partner freezes the other.
+
+        ``product``: because they are multiplied with each other, see :meth:`summed`.
+        """
         if a.shape != b.shape:
             raise ValueError(f"labels of different shapes cannot be united: {a.shape} and {b.shape}")
         self.freeze(a[b == FIXED], reason)
         self.freeze(b[a == FIXED], reason)
         both = (a > FIXED) & (b > FIXED) & (a != b)
         if both.any():
-            self._edges.append((a[both], b[both]))
+            (self._products if product else self._edges).append((a[both], b[both]))
 
     def unite_all(self, labels: Vector) -> Vector:
         """Unite along the last axis; return one representative per remaining position.
@@ -111,17 +117,20 @@ class LabelSpace:
 
     def solve(self) -> tuple[Vector, Vector]:
         """``(root of each label, per root the number of the first freeze that hit its class or -1)``."""
-        if self._edges:
-            a = np.concatenate([e[0] for e in self._edges])
-            b = np.concatenate([e[1] for e in self._edges])
-            self._edges = [(a, b)]
-        else:
-            a = b = np.empty(0, dtype=np.int64)
-        root = connected_components(self.size, a, b)
+        root = self._components(self._edges + self._products)
         frozen = np.full(self.size, -1, np.int64)
         for i in range(len(self._frozen) - 1, -1, -1):
             frozen[root[self._frozen[i]]] = i
         return root, frozen
+
+    def summed(self) -> Vector:
+        """Root of each label when multiplying ties nothing: two producers of one class are added to each other."""
+        return self._components(self._edges)
+
+    def _components(self, edges: list[tuple[Vector, Vector]]) -> Vector:
+        none = np.empty(0, dtype=np.int64)
+        a, b = (np.concatenate([none, *(edge[side] for edge in edges)]) for side in (0, 1))
+        return connected_components(self.size, a, b)
 
     def classes(self) -> tuple[Vector, dict[int, Freeze]]:
         """:meth:`solve` with the freezes themselves: ``(root of each label, {root: why it is frozen})``."""

@@ -48,6 +48,55 @@ def test_a_residual_stream_is_one_group() -> None:
     assert not graph["a.conv1"].is_stream
 
 
+class Multiplied(nn.Module):
+    """An inverted residual block with squeeze and excitation, inside the branch or on the stream."""
+
+    def __init__(self, on_stream: bool, scale_first: bool, layer_scale: bool) -> None:
+        super().__init__()
+        self.on_stream, self.scale_first = on_stream, scale_first
+        self.stem, self.expand = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 24, 1)
+        width = 8 if on_stream else 24
+        self.squeeze, self.excite = nn.Conv2d(width, 4, 1), nn.Conv2d(4, width, 1)
+        self.project, self.head = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 5, 1)
+        self.gamma = nn.Parameter(torch.ones(8, 1, 1)) if layer_scale else None
+
+    def weighted(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return scale * x if self.scale_first else x * scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = self.expand(x).relu()
+        y = self.weighted(self.project(y)) if self.on_stream else self.project(self.weighted(y))
+        if self.gamma is not None:
+            y = self.gamma * y if self.scale_first else y * self.gamma
+        return self.head(x + y)
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+@pytest.mark.parametrize("scale_first", [False, True])
+@pytest.mark.parametrize("on_stream", [False, True])
+def test_what_is_multiplied_is_no_stream(on_stream: bool, scale_first: bool, layer_scale: bool) -> None:
+    graph = trace_channels(Multiplied(on_stream, scale_first, layer_scale), image())
+    assert {g.name: g.is_stream for g in graph} == {"stem": True, "expand": False, "squeeze": False}
+    assert ("excite.weight", 0) in members(graph, "stem" if on_stream else "expand")
+
+
+def test_gated_units_and_queries_are_no_streams() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(6, 8) for _ in range(3))
+            self.query, self.key, self.out = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores = (self.query(x) @ self.key(x).transpose(1, 2)).softmax(-1)
+            return self.out(scores @ (self.a(x) * self.b(x).sigmoid() + self.c(x)))
+
+    graph = trace_channels(Gated(), torch.randn(2, 5, 6))
+    assert {g.name: g.is_stream for g in graph} == {"query": False, "a": True}, "c is added to the product"
+
+
 def test_flatten_gives_each_channel_its_whole_map() -> None:
     graph = trace_channels(build("FlattenLinear"), image())
     (member,) = (m for m in graph["features.1.0"].members if m.tensor == "fc1.weight")

@@ -16,7 +16,7 @@ from lightning_prune.config import PruneConfig
 from lightning_prune.criteria import CRITERIA, saliency
 from lightning_prune.schedule import Phase, Schedule
 from lightning_prune.scope import protected_channels
-from lightning_prune.selection import select_channels
+from lightning_prune.selection import floor_mask, select_channels
 
 
 def chain(*widths: int) -> nn.Sequential:
@@ -143,6 +143,22 @@ class Residual(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
         return self.head(x + self.outer(torch.relu(self.inner(x))))
+
+
+def test_an_unreachable_budget_names_what_is_kept_whole() -> None:
+    graph = trace_channels(Residual(), torch.randn(1, 3, 8, 8))
+    cost = CostModel(graph, "macs")
+    protected = protected_channels(graph)
+    floors = [cost.cost(floor_mask(graph, np.ones(graph.num_channels), 1, 1, p)) for p in (protected, None)]
+    found = [f"{floor / cost.dense:.4f}" for floor in floors]
+    with pytest.raises(BudgetError) as error:
+        select_channels(graph, np.ones(graph.num_channels), cost, 0.05, protected=protected)
+    assert found[0] in str(error.value)
+    assert (
+        f"1 of 2 channel groups are kept whole: stem (residual stream); with all of them it could have {found[1]}"
+        in str(error.value)
+    )
+    assert float(found[1]) < 0.05 < float(found[0])
 
 
 def test_scope() -> None:

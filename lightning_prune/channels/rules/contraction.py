@@ -96,7 +96,8 @@ def _matmul(flow: Flow, a: Tensor, b: Tensor, out: Tensor) -> Labels:
     """``[..., n, k] @ [..., k, m]``: unite along k, pass n and m, join the batch dimensions."""
     la, lb = flow.get(a), flow.get(b)
     k = a.shape[-1]
-    shared = flow.join_vectors([_or_fixed(la[-1], k), _or_fixed(lb[-2], k)])
+    activations = flow.origin(a) is None and flow.origin(b) is None
+    shared = flow.join_vectors([_or_fixed(la[-1], k), _or_fixed(lb[-2], k)], product=activations)
     batch = [
         flow.join_vectors([_or_fixed(x, a.shape[d]), _or_fixed(y, b.shape[d])])
         for d, (x, y) in enumerate(zip(la[:-2], lb[:-2], strict=True))
@@ -170,7 +171,9 @@ def attention(flow: Flow, call: Call) -> None:
     query, key, value = call.args[:3]
     lq, lk, lv = flow.get(query), flow.get(key), flow.get(value)
     space = flow.space
-    shared = flow.join_vectors([_or_fixed(lq[-1], query.shape[-1]), _or_fixed(lk[-1], key.shape[-1])])
+    shared = flow.join_vectors(
+        [_or_fixed(lq[-1], query.shape[-1]), _or_fixed(lk[-1], key.shape[-1])], product=True
+    )
     for labels in (lq, lk, lv):
         space.freeze(labels[-2], "attention mixes this dimension")
     leading = [

@@ -8,12 +8,16 @@ from ..flow import Flow
 from ..labels import Labels
 from .registry import Call, rule, tensors_of
 
+_PRODUCTS = ("aten.mul", "aten.div")
+
 
 def pointwise(flow: Flow, call: Call) -> None:
     """Any op whose output element depends only on the input elements at the same (broadcast) position."""
     sources = [t for t in tensors_of((call.args, call.kwargs)) if t.dim() > 0]
+    # two activations: what is multiplied by a parameter only keeps its own channels
+    product = call.name.removesuffix("_") in _PRODUCTS and all(flow.origin(t) is None for t in sources)
     for out in call.outputs():
-        flow.set(out, flow.join([t for t in sources if t.dim() <= out.dim()], out.shape))
+        flow.set(out, flow.join([t for t in sources if t.dim() <= out.dim()], out.shape, product))
         if sources and all(flow.origin(t) is not None for t in sources):
             flow.inherit(out, max(sources, key=lambda t: t.numel()))  # a weight computed from parameters
 
