@@ -196,7 +196,10 @@ class SkippedConv(torch.autograd.Function):
         (grad,) = grads
         needs = tuple(ctx.needs_input_grad[:4])
         if torch.is_grad_enabled():
-            leaves = [t for t, need in zip((x, weight, bias, gate), needs, strict=True) if need]
+            # Aliases, because x may come from the same parameters.
+            aliases: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias, gate)]
+            leaves = [t for t, need in zip(aliases, needs, strict=True) if need]
+            x, weight, bias, gate = aliases
             y = plain(x, weight, bias, gate, ctx.call)
             derived = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
             return (*(next(derived) if need else None for need in needs), None, None)

@@ -1,4 +1,4 @@
-"""Batch normalisation by the compiled kernel while a network trains, with the activation that follows where that is certain.
+"""Batch normalisation by the compiled kernel while a network trains, with what follows it where that is certain.
 
 A module is called through ``nn.Module``'s own slot for an exchanged call, which copies and pickles leave out. Whenever
 something is not as expected, the module's plain call runs.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fused_forwards import fused_forward
 from .hooks import SLOT, ExchangedCall, hooked, only_plain_calls
 from .nn._convert import activation_name
 from .ops import ACTIVATIONS
@@ -28,7 +29,9 @@ LEAST_ELEMENTS = 16_384
 class FusedNorms:
     """Exchanges the calls of ``nn.BatchNorm2d`` modules in training, where the clock says that it is faster.
 
-    Inside an ``nn.Sequential`` that is called as a whole, an activation module right behind a norm is computed with it.
+    Inside an ``nn.Sequential`` that is called as a whole, an activation module right behind a norm is computed with it; so
+    are a residual sum and an activation where the forward method that holds the norm shows that nobody else reads its output
+    (``fused_forwards``).
     The plain calls run in evaluation, under autocast, in ``torch.compile``, under a dispatch mode, with
     ``torch.use_deterministic_algorithms``, and for modules that anybody has put hooks on. Subclasses of the norm and norms
     whose call has been exchanged by somebody else are left alone.
@@ -66,6 +69,11 @@ class FusedNorms:
                     self._install(activation, activations[activation])
                 sequence.followers[norm] = activations[activation]
                 norm.sequences.append(sequence)
+        for module in model.modules():
+            if type(module) is not nn.Sequential and _free(module):
+                forward = fused_forward(module, set(norms), _fused)
+                if forward is not None:
+                    self._install(module, forward)
 
     def _install(self, module: nn.Module, call: Any) -> None:
         object.__setattr__(module, SLOT, call)
@@ -96,6 +104,20 @@ def _fusable(module: nn.Module) -> bool:
         return activation_name(module) != "none"
     except ValueError:
         return False
+
+
+def _fused(norm: nn.Module, activation: nn.Module | str, x: Any, residual: Any) -> Any:
+    """``activation(norm(x) + residual)``, at once where that is allowed and faster."""
+    call = norm.__dict__.get(SLOT)
+    plain = isinstance(activation, str) or (_fusable(activation) and not hooked(activation))
+    if isinstance(call, _NormCall) and plain and isinstance(x, Tensor):
+        found = call.with_followers(x, residual, activation_name(activation))
+        if found is not None:
+            return found
+    y = norm(x)
+    if residual is not None:
+        y = y + residual
+    return ACTIVATIONS[activation](y) if isinstance(activation, str) else activation(y)
 
 
 class _SequenceCall(ExchangedCall):
@@ -154,21 +176,39 @@ class _NormCall(ExchangedCall):
                 return self._compact(args[0], self.live)
             if self.wanted():
                 return self._compact(args[0].index_select(1, self.live), self.live)
-        if not _allowed(norm, args[0], LEAST_ELEMENTS):
+        if not _allowed(norm, args[0], LEAST_ELEMENTS) or not self._wins(args[0], None, "none"):
             return norm._call_impl(*args, **kwargs)
-        x, weight, bias = args[0], norm.weight, norm.bias
-        needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-        key = (tuple(x.shape), x.dtype, x.stride(), needs)
+        return self._fused(args[0], None)
+
+    def with_followers(self, x: Tensor, residual: Any, activation: str) -> Tensor | None:
+        """``activation(norm(x) + residual)`` by the kernel; None where the plain calls have to run, or are faster."""
+        live = self.live if self.live is not None and x.dim() == 4 and x.shape[1] == len(self.live) else None
+        if live is None and self.live is not None and self.wanted():
+            return None
+        if residual is not None and not (
+            isinstance(residual, Tensor) and residual.shape == x.shape and residual.dtype == x.dtype
+        ):
+            return None
+        allowed = _allowed(self.module, x, 0 if live is not None else LEAST_ELEMENTS)
+        if not allowed or (live is None and not self._wins(x, residual, activation)):
+            return None
+        y: Tensor = _Norm.apply(x, self.module.weight, self.module.bias, residual, self, activation, live)
+        return y
+
+    def _wins(self, x: Tensor, residual: Tensor | None, activation: str) -> bool:
+        norm = self.module
+        leaves = (x, norm.weight, norm.bias, residual)
+        needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+        key = (tuple(x.shape), x.dtype, x.stride(), needs, activation, residual is not None)
         if key not in self.won:
-            self.won[key] = _measure(x.detach(), weight, bias, norm.eps, needs)
-        if not self.won[key]:
-            return norm._call_impl(*args, **kwargs)
-        return self._fused(x, None)
+            other = None if residual is None else residual.detach()
+            self.won[key] = _measure(x.detach(), norm.weight, norm.bias, norm.eps, needs, activation, other)
+        return self.won[key]
 
     def _fused(self, x: Tensor, live: Tensor | None) -> Tensor:
         follower = self._follower()
         activation = "none" if follower is None else activation_name(follower.module)
-        y: Tensor = _Norm.apply(x, self.module.weight, self.module.bias, self, activation, live)
+        y: Tensor = _Norm.apply(x, self.module.weight, self.module.bias, None, self, activation, live)
         if follower is not None:
             follower.done = y
         return y
@@ -233,31 +273,38 @@ class _Norm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         call: _NormCall,
         activation: str,
         live: Tensor | None,
     ) -> Tensor:
         eps, compact_of = call.module.eps, 0 if live is None else call.module.num_features
-        y, mean, var = _forward(x, weight, bias, eps, activation, live, compact_of)
+        y, mean, var = _forward(x, weight, bias, eps, activation, live, compact_of, residual)
         # In here, because a checkpointed forward may end when the last tensor is saved, after torch's has recorded.
         call.record(mean, var, x.numel() // x.shape[1])
-        ctx.save_for_backward(x, weight, bias, mean, var)
+        ctx.save_for_backward(x, weight, bias, residual, mean, var)
         ctx.settings = live, eps, activation, compact_of
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, var = ctx.saved_tensors
-        needs: list[bool] = list(ctx.needs_input_grad[:3])
+        x, weight, bias, residual, mean, var = ctx.saved_tensors
+        needs: list[bool] = list(ctx.needs_input_grad[:4])
         live, eps, activation, compact_of = ctx.settings
         if torch.is_grad_enabled():
-            leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+            # Aliases, because x may come from the residual, or from the same parameters.
+            aliases: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
+            leaves = [t for t, need in zip(aliases, needs, strict=True) if need]
+            x, weight, bias, residual = aliases
             if live is not None:
                 weight, bias = (None if t is None else t.index_select(0, live) for t in (weight, bias))
-            y = ACTIVATIONS[activation](F.batch_norm(x, None, None, weight, bias, True, 0.0, eps))
+            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+            y = ACTIVATIONS[activation](y if residual is None else y + residual)
             derived = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
             return (*(next(derived) if need else None for need in needs), None, None, None)
-        found = _backward(grad, x, weight, bias, mean, var, eps, activation, needs, live, compact_of)
+        found = _backward(
+            grad, x, weight, bias, mean, var, eps, activation, needs, live, compact_of, residual
+        )
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
 
 
@@ -269,10 +316,11 @@ def _forward(
     activation: str,
     live: Tensor | None = None,
     compact_of: int = 0,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():  # the derivative is that of _Norm
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.lightning_prune.masked_batch_norm_act.default(
-            x, None, weight, bias, None, None, None, live, eps, activation, compact_of
+            x, residual, weight, bias, None, None, None, live, eps, activation, compact_of
         )
     return found
 
@@ -289,28 +337,51 @@ def _backward(
     needs: list[bool],
     live: Tensor | None = None,
     compact_of: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and residual; ``needs`` says which are computed."""
     with torch._C._AutoDispatchBelowAutograd():
-        grad_x, _, grad_weight, grad_bias, _ = torch.ops.lightning_prune.masked_batch_norm_act_backward.default(
-            grad, x, None, weight, bias, None, mean, var, live, True, eps, activation,
-            needs[0], False, needs[1], needs[2], False, compact_of,
+        grad_x, grad_residual, grad_weight, grad_bias, _ = (
+            torch.ops.lightning_prune.masked_batch_norm_act_backward.default(
+                grad, x, residual, weight, bias, None, mean, var, live, True, eps, activation,
+                needs[0], needs[3], needs[1], needs[2], False, compact_of,
+            )
         )  # fmt: skip
-    return grad_x, grad_weight, grad_bias
+    return grad_x, grad_weight, grad_bias, grad_residual
 
 
-@torch.no_grad()
-def _measure(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needs: bool) -> bool:
-    """Whether the compiled kernel is faster on this batch; without autograd, so that nobody's hooks see it."""
-    wanted = [True, weight is not None, bias is not None]
+def _measure(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    needs: bool,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> bool:
+    """Whether the compiled kernel is faster on this batch; detached, so that nobody's hooks see it."""
+    wanted = [True, weight is not None, bias is not None, residual is not None]
+    leaves = [None if t is None else t.detach() for t in (x, weight, bias, residual)]
 
     def run(compiled: bool) -> None:
+        own, scale, shift, other = leaves
+        assert own is not None
         if compiled:
-            y, mean, var = _forward(x, weight, bias, eps, "none")
+            y, mean, var = _forward(own, scale, shift, eps, activation, residual=other)
             if needs:
-                _backward(y, x, weight, bias, mean, var, eps, "none", wanted)
+                _backward(y, own, scale, shift, mean, var, eps, activation, wanted, residual=other)
             return
-        y, mean, rstd = torch.ops.aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        y, mean, rstd = torch.ops.aten.native_batch_norm(own, scale, shift, None, None, True, 0.0, eps)
+        if other is not None:
+            y = y + other
+        if activation != "none":
+            y = ACTIVATIONS[activation](y)
         if needs:
-            torch.ops.aten.native_batch_norm_backward(y, x, weight, None, None, mean, rstd, True, eps, wanted)
+            # Of all activations as of a ReLU, which has the cheapest gradient.
+            grad = y if activation == "none" else torch.ops.aten.threshold_backward(y, y, 0.0)
+            torch.ops.aten.native_batch_norm_backward(
+                grad, own, scale, None, None, mean, rstd, True, eps, wanted[:3]
+            )
 
-    return faster(run, x.device)
+    with torch.no_grad():
+        return faster(run, x.device)

@@ -217,3 +217,19 @@ def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         torch.testing.assert_close(step(model, x), step(twin, x))
     assert len(asked) == NORMS + 1  # once per module
+
+
+def test_second_derivatives_of_a_norm_that_runs_twice(calls: list[str]) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3).double()
+    model = nn.Sequential(norm, nn.Conv2d(3, 3, 1).double(), nn.Sigmoid(), norm)
+    x, twin, found = torch.randn(2, 3, 3, 3, dtype=torch.float64), copy.deepcopy(model), []
+    FusedNorms(model)
+    for net in (model, twin):
+        inputs = x.clone().requires_grad_()
+        grads = torch.autograd.grad(
+            net(inputs).pow(3).sum(), [inputs, *net[0].parameters()], create_graph=True
+        )
+        found.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-8)
+    assert len(calls) == 2
