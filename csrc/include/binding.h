@@ -48,13 +48,14 @@ Act parse_activation(const char* op, const std::string& name);
 // Same rule as the fake kernels in lightning_prune/ops/_fake.py.
 bool is_channels_last(const Tensor& x);
 Tensor new_output(const Tensor& like, const Sizes& shape);
-Tensor zeros_on(const Tensor& like, const Sizes& shape);
+Tensor zeros_on(const Tensor& like, const Sizes& shape, std::optional<ScalarType> type = std::nullopt);
 
 View view_of(const Tensor& t);
 inline const void* data_of(const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; }
 
-// Checks shape, dtype and device against those of `like` and returns a contiguous tensor.
-Tensor vector_argument(const char* op, const char* name, const Tensor& t, int64_t length, const Tensor& like);
+// Checks shape, dtype (that of `like`, unless another is given) and device and returns a contiguous tensor.
+Tensor vector_argument(const char* op, const char* name, const Tensor& t, int64_t length, const Tensor& like,
+                       std::optional<ScalarType> type = std::nullopt);
 // Index tensors: 1-D int64 on x's device. Values are checked on the CPU only; on CUDA that would stall the stream.
 enum class Order { sorted, unique, any };
 Tensor index_argument(const char* op, const char* name, const Tensor& t, int64_t limit, Order order, const Tensor& like);

@@ -9,6 +9,8 @@ namespace lp {
 void masked_forward_cuda(const MaskedForward&, const Env&, void* stream);
 void masked_backward_cuda(const MaskedBackward&, const Env&, void* stream);
 void compact_forward_cuda(const CompactForward&, const Env&, void* stream);
+void batch_norm_forward_cuda(const BatchNorm&, const Env&, void* stream);
+void batch_norm_backward_cuda(const BatchNorm&, const Env&, void* stream);
 void pack_cuda(const View& weight, DType dtype, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw,
                int64_t groups, void* packed, void* stream);
 void pack_tensor_cuda(const View& weight, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw, int lanes,
@@ -20,6 +22,10 @@ template <class... Args>
 void masked_backward_cuda(const Args&...) {}
 template <class... Args>
 void compact_forward_cuda(const Args&...) {}
+template <class... Args>
+void batch_norm_forward_cuda(const Args&...) {}
+template <class... Args>
+void batch_norm_backward_cuda(const Args&...) {}
 template <class... Args>
 void pack_cuda(const Args&...) {}
 template <class... Args>

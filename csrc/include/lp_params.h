@@ -124,6 +124,7 @@ struct BatchNorm {
   const void *x, *residual, *weight, *bias, *gate;  // residual, weight, bias, gate: or nullptr
   IndexList live;                                   // of the maps
   const int64_t* place;                             // of each channel of the maps in the vectors, or nullptr: they are alike
+  int64_t vector_channels;                          // length of the vectors
   bool training;                                    // forward: writes mean and var (biased) from x; backward: they depend on x
   double eps;
   Act act;

@@ -25,6 +25,24 @@ Tensor laid_out(const Tensor& t, const Tensor& like) {
   return torch::stable::copy_(copy, t);
 }
 
+bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half; }
+
+// Statistics and parameters of half maps are float32.
+ScalarType vector_type(const Tensor& x) { return is_half(x) ? ScalarType::Float : x.scalar_type(); }
+
+DType map_type(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      return DType::f32;
+  }
+}
+
 void check_map(const char* op, const char* name, const Tensor& t, const Tensor& x) {
   if (show_shape(t) != show_shape(x) || t.scalar_type() != x.scalar_type())
     fail(op, ": ", name, " must be ", dtype_name(x.scalar_type()), " of shape ", show_shape(x), " like x; got ",
@@ -35,8 +53,9 @@ NormArguments check(const char* op, const Tensor& x, const std::optional<Tensor>
                     const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const std::optional<Tensor>& live,
                     bool training, double eps, const std::string& activation, int64_t compact_of) {
   if (x.dim() != 4) fail(op, ": x must be 4-D (N, C, H, W); got shape ", show_shape(x));
-  if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)
-    fail(op, ": x must be float32 or float64; got ", dtype_name(x.scalar_type()), " (cast with x.float())");
+  if (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double && !(x.is_cuda() && is_half(x)))
+    fail(op, ": x must be float32 or float64, on CUDA also float16 or bfloat16; got ", dtype_name(x.scalar_type()),
+         " (cast with x.float())");
   if (eps < 0) fail(op, ": eps must not be negative; got ", eps);
   const int64_t channels = compact_of > 0 ? compact_of : x.size(1);
   NormArguments a{is_channels_last(x) ? x : torch::stable::contiguous(x), channels, {}, {}, {}, {}, {}, {}};
@@ -44,16 +63,17 @@ NormArguments check(const char* op, const Tensor& x, const std::optional<Tensor>
     check_map(op, "residual", *residual, x);
     a.residual = laid_out(*residual, a.x);
   }
-  if (weight) a.weight = vector_argument(op, "weight", *weight, channels, x);
-  if (bias) a.bias = vector_argument(op, "bias", *bias, channels, x);
-  if (gate) a.gate = vector_argument(op, "gate", *gate, channels, x);
+  if (weight) a.weight = vector_argument(op, "weight", *weight, channels, x, vector_type(x));
+  if (bias) a.bias = vector_argument(op, "bias", *bias, channels, x, vector_type(x));
+  if (gate) a.gate = vector_argument(op, "gate", *gate, channels, x, vector_type(x));
   if (live) a.live = index_argument(op, "live", *live, channels, Order::sorted, x);
   BatchNorm& p = a.p;
   p.n = x.size(0);
   p.channels = x.size(1);
   p.pixels = x.size(2) * x.size(3);
   p.channels_last = pixels_by_channels(a.x);
-  p.dtype = x.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
+  p.dtype = map_type(x);
+  p.vector_channels = channels;
   p.x = a.x.data_ptr();
   p.residual = data_of(a.residual);
   p.weight = data_of(a.weight);
@@ -87,13 +107,21 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& x, const std::op
   if (mean.has_value() != var.has_value()) fail(op, ": give both mean and var, or neither to take them from x");
   NormArguments a = check(op, x, residual, weight, bias, gate, live, !mean, eps, activation, compact_of);
   Tensor y = new_output(a.x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-  Tensor used_mean = mean ? copy_of(vector_argument(op, "mean", *mean, a.channels, x)) : zeros_on(x, {a.channels});
-  Tensor used_var = var ? copy_of(vector_argument(op, "var", *var, a.channels, x)) : zeros_on(x, {a.channels});
+  const auto moments = [&](const char* name, const std::optional<Tensor>& given) {
+    const ScalarType type = vector_type(x);
+    return given ? copy_of(vector_argument(op, name, *given, a.channels, x, type)) : zeros_on(x, {a.channels}, type);
+  };
+  Tensor used_mean = moments("mean", mean), used_var = moments("var", var);
   a.p.y = y.data_ptr();
   a.p.mean = used_mean.data_ptr();
   a.p.var = used_var.data_ptr();
   Scratch scratch(x);
-  cpu_kernels().batch_norm_forward[a.p.dtype == DType::f64](a.p, scratch.env());
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    batch_norm_forward_cuda(a.p, scratch.env(), current_stream(x));
+  } else {
+    cpu_kernels().batch_norm_forward[a.p.dtype == DType::f64](a.p, scratch.env());
+  }
   return {y, used_mean, used_var};
 }
 
@@ -110,12 +138,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   if (need_bias && !bias) fail(op, ": need_bias is set but bias is None");
   if (need_gate && !gate) fail(op, ": need_gate is set but gate is None");
   const Tensor grad = laid_out(grad_y, a.x);
-  const Tensor means = vector_argument(op, "mean", mean, a.channels, x), vars = vector_argument(op, "var", var, a.channels, x);
+  const Tensor means = vector_argument(op, "mean", mean, a.channels, x, vector_type(x));
+  const Tensor vars = vector_argument(op, "var", var, a.channels, x, vector_type(x));
   const Sizes map{x.size(0), x.size(1), x.size(2), x.size(3)}, none{0, 0, 0, 0};
   Tensor grad_x = new_output(a.x, need_x ? map : none), grad_residual = new_output(a.x, need_residual ? map : none);
   Tensor vectors[3];
   const bool needs[3] = {need_weight, need_bias, need_gate};
-  for (int i = 0; i < 3; ++i) vectors[i] = zeros_on(x, {needs[i] ? a.channels : 0});
+  for (int i = 0; i < 3; ++i) vectors[i] = zeros_on(x, {needs[i] ? a.channels : 0}, vector_type(x));
   BatchNorm& p = a.p;
   p.grad_y = grad.data_ptr();
   p.mean = means.data_ptr();
@@ -126,7 +155,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   if (need_bias) p.grad_bias = vectors[1].data_ptr();
   if (need_gate) p.grad_gate = vectors[2].data_ptr();
   Scratch scratch(x);
-  cpu_kernels().batch_norm_backward[p.dtype == DType::f64](p, scratch.env());
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    batch_norm_backward_cuda(p, scratch.env(), current_stream(x));
+  } else {
+    cpu_kernels().batch_norm_backward[p.dtype == DType::f64](p, scratch.env());
+  }
   return {grad_x, grad_residual, vectors[0], vectors[1], vectors[2]};
 }
 
@@ -146,5 +180,12 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) {
   m.impl("masked_batch_norm_act", TORCH_BOX(&batch_norm_act));
   m.impl("masked_batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
 }
+
+#if defined(USE_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CUDA, m) {
+  m.impl("masked_batch_norm_act", TORCH_BOX(&batch_norm_act));
+  m.impl("masked_batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
+}
+#endif
 
 }  // namespace lp

@@ -50,8 +50,8 @@ Tensor new_output(const Tensor& like, const Sizes& shape) {
                               is_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-Tensor zeros_on(const Tensor& like, const Sizes& shape) {
-  Tensor out = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device());
+Tensor zeros_on(const Tensor& like, const Sizes& shape, std::optional<ScalarType> type) {
+  Tensor out = torch::stable::empty(shape, type.value_or(like.scalar_type()), std::nullopt, like.device());
   return torch::stable::zero_(out);
 }
 
@@ -65,12 +65,14 @@ static void check_device(const char* op, const char* name, const Tensor& t, cons
     fail(op, ": ", name, " must be on the same device as x; move it with ", name, ".to(x.device)");
 }
 
-Tensor vector_argument(const char* op, const char* name, const Tensor& t, int64_t length, const Tensor& like) {
+Tensor vector_argument(const char* op, const char* name, const Tensor& t, int64_t length, const Tensor& like,
+                       std::optional<ScalarType> type) {
   check_device(op, name, t, like);
   if (t.dim() != 1 || t.size(0) != length)
     fail(op, ": ", name, " must have shape (", length, "), one value per output channel; got ", show_shape(t));
-  if (t.scalar_type() != like.scalar_type())
-    fail(op, ": ", name, " must be ", dtype_name(like.scalar_type()), "; got ", dtype_name(t.scalar_type()));
+  const ScalarType expected = type.value_or(like.scalar_type());
+  if (t.scalar_type() != expected)
+    fail(op, ": ", name, " must be ", dtype_name(expected), "; got ", dtype_name(t.scalar_type()));
   return torch::stable::contiguous(t);
 }
 

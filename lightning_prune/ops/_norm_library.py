@@ -1,4 +1,4 @@
-"""Fake kernels, autograd and the CUDA composite of ``masked_batch_norm_act``."""
+"""Fake kernels, autograd and autocast of ``masked_batch_norm_act``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.ops import reference_norm
+from lightning_prune.ops.reference_norm import vector_dtype
 
 NAME = "lightning_prune::masked_batch_norm_act"
 
@@ -25,13 +25,13 @@ def _map(x: Tensor, wanted: bool = True) -> Tensor:
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    channels = _channels(x, rest, 9)
-    return _map(x), x.new_empty((channels,)), x.new_empty((channels,))
+    channels, dtype = _channels(x, rest, 9), vector_dtype(x)
+    return _map(x), x.new_empty((channels,), dtype=dtype), x.new_empty((channels,), dtype=dtype)
 
 
 def _backward_fake(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     channels, needs = _channels(x, rest, 15), rest[10:15]
-    vectors = (x.new_empty((channels if need else 0,)) for need in needs[2:])
+    vectors = (x.new_empty((channels if need else 0,), dtype=vector_dtype(x)) for need in needs[2:])
     return (_map(x, needs[0]), _map(x, needs[1]), *vectors)
 
 
@@ -86,13 +86,11 @@ def _no_second_order(ctx: Any, *grads: Tensor) -> Any:
 
 
 def register() -> None:
-    """Register what belongs to the operator beside its CPU kernel; called once, when the library has loaded."""
+    """Register what belongs to the operator beside its kernels; called once, when the library has loaded."""
     library = torch.library
     library.register_fake(NAME, _fake)
     library.register_fake(f"{NAME}_backward", _backward_fake)
     library.register_autograd(NAME, _backward, setup_context=_setup_context)
     library.register_autograd(f"{NAME}_backward", _no_second_order)
-    library.register_kernel(NAME, "cuda", reference_norm.masked_batch_norm_act)
-    library.register_kernel(f"{NAME}_backward", "cuda", reference_norm.masked_batch_norm_act_backward)
-    for device in ("cpu", "cuda"):
-        library.register_autocast(NAME, device, torch.float32)
+    # The CUDA kernels take half maps with float32 parameters as they are.
+    library.register_autocast(NAME, "cpu", torch.float32)

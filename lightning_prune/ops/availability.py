@@ -87,7 +87,7 @@ def can_run_masked_conv2d(x: Tensor, weight: Tensor) -> CanRun:
 
 
 def can_run_masked_batch_norm_act(x: Tensor) -> CanRun:
-    """Whether the compiled ``masked_batch_norm_act`` takes this input (on CUDA it is a composite of torch operators).
+    """Whether the compiled ``masked_batch_norm_act`` takes this input.
 
     Args:
         x: input, shape (N, C, H, W).
@@ -95,10 +95,10 @@ def can_run_masked_batch_norm_act(x: Tensor) -> CanRun:
     Returns:
         ``CanRun(ok, reason)``; ``reason`` is None when ``ok``.
     """
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    if half and x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
-        # Autocast runs the operator in float32.
-        return _can_run("masked_batch_norm_act", x, (torch.float32, torch.bfloat16, torch.float16))
+    half = (torch.bfloat16, torch.float16)
+    # On the CPU autocast runs the operator in float32.
+    if x.device.type == "cuda" or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
+        return _can_run("masked_batch_norm_act", x, (torch.float32, torch.float64, *half))
     return _can_run("masked_batch_norm_act", x, (torch.float32, torch.float64))
 
 

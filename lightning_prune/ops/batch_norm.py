@@ -30,7 +30,8 @@ def masked_batch_norm_act(
     gradients are exactly zero. Statistics are those of the batch in training or without running ones.
 
     Args:
-        x: input, shape (N, C, H, W), float32 or float64. channels_last in, channels_last out.
+        x: input, shape (N, C, H, W), float32 or float64, on CUDA also float16 and bfloat16. channels_last in,
+            channels_last out. Vectors have its dtype, or float32 for half types; sums are at least float32.
         running_mean: shape (C,) or None; in training moved towards the batch's mean, in place.
         running_var: shape (C,) or None; likewise, towards the unbiased variance. Dead channels count as constant zero.
         weight: shape (C,) or None.
@@ -51,8 +52,9 @@ def masked_batch_norm_act(
         ValueError: one of the running statistics without the other.
 
     Accuracy in float32 against float64: values in units of the activation's input scale to 1e-5 as long as the mean of a
-    channel is at most a thousand standard deviations; the variance is summed about the channel's first value. On CUDA the
-    operator is a composite of torch operators. Second derivatives are not implemented. Under autocast it runs in float32.
+    channel is at most a thousand standard deviations; the variance is summed about the channel's first value (CUDA: the
+    first in each block's part, parts added in float64). Results are the same bits every time on the same device. Second
+    derivatives are not implemented. Under autocast on the CPU it runs in float32; on CUDA it takes what it is given.
     """
     if (running_mean is None) != (running_var is None):
         raise ValueError("give both running_mean and running_var, or neither")

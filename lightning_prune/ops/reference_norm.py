@@ -1,4 +1,4 @@
-"""Pure-torch definition of ``masked_batch_norm_act`` and its gradients: yardstick, fallback, and what CUDA runs."""
+"""Pure-torch definition of ``masked_batch_norm_act`` and its gradients: yardstick and fallback."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ _GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 def _column(vector: Tensor) -> Tensor:
     return vector[:, None, None]
+
+
+def vector_dtype(x: Tensor) -> torch.dtype:
+    """Of statistics and parameters: float32 for maps of half types, else that of the map."""
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
 def _picked(vector: Tensor | None, live: Tensor) -> Tensor | None:
@@ -78,8 +83,14 @@ def masked_batch_norm_act(
 
     ``mean`` and ``var`` are taken from ``x`` where they are None; those of dead channels are then zero. Differentiable to
     any order by torch itself. With ``compact_of`` the maps hold the ``live`` channels of so many, all of which are in the
-    vectors.
+    vectors. Maps of half types are computed in float32 and rounded once; vectors are then float32.
     """
+    if vector_dtype(x) != x.dtype:
+        wide = (x.float(), None if residual is None else residual.float())
+        y, *moments = masked_batch_norm_act(
+            *wide, weight, bias, gate, mean, var, live, eps, activation, compact_of
+        )
+        return y.to(x.dtype), *moments  # type: ignore[return-value]
     if compact_of:
         assert live is not None
         weight, bias, gate, mean, var = (_picked(v, live) for v in (weight, bias, gate, mean, var))
@@ -118,6 +129,14 @@ def masked_batch_norm_act_backward(
     compact_of: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, residual, weight, bias and gate in closed form; empty where not needed."""
+    if vector_dtype(x) != x.dtype:
+        wide_residual = None if residual is None else residual.float()
+        maps_and_vectors = masked_batch_norm_act_backward(
+            grad_y.float(), x.float(), wide_residual, weight, bias, gate, mean, var, live, training, eps,
+            activation, need_x, need_residual, need_weight, need_bias, need_gate, compact_of,
+        )  # fmt: skip
+        maps = (grad.to(x.dtype) for grad in maps_and_vectors[:2])
+        return *maps, *maps_and_vectors[2:]  # type: ignore[return-value]
     if compact_of:
         assert live is not None
         weight, bias, gate = (_picked(v, live) for v in (weight, bias, gate))

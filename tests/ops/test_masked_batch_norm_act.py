@@ -92,6 +92,55 @@ def test_output_and_gradients_match_the_reference(
         assert not grads[0][:, dead].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_half_maps_with_float32_parameters(target: torch.device, dtype: torch.dtype, last: bool) -> None:
+    x, residual, grad = (torch.randn(4, 37, 9, 8, device=target).to(dtype) for _ in range(3))
+    if last:
+        x, residual, grad = (t.to(memory_format=torch.channels_last) for t in (x, residual, grad))
+    vectors = [torch.randn(37, device=target) for _ in range(3)]
+    live = torch.tensor([0, 3, 4, 36], device=target)
+    if target.type == "cpu":
+        assert not ops.availability.can_run_masked_batch_norm_act(x).ok
+        with pytest.raises(RuntimeError, match="float32 or float64, on CUDA also float16 or bfloat16"):
+            OP.masked_batch_norm_act(x, residual, *vectors, None, None, live, 0.1, "silu")
+        return
+    leaves = [t.clone().requires_grad_() for t in (x, residual, *vectors)]
+    exact_leaves = [t.double().requires_grad_() for t in (x, residual, *vectors)]
+    found = OP.masked_batch_norm_act(*leaves, None, None, live, 0.1, "silu")
+    exact = reference_norm.masked_batch_norm_act(*exact_leaves, None, None, live, 0.1, "silu")
+    assert [t.dtype for t in found] == [dtype, torch.float32, torch.float32]
+    grads = torch.autograd.grad(found[0], leaves, grad)
+    exact_grads = torch.autograd.grad(exact[0], exact_leaves, grad.double())
+    bound = {torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
+    for a, b in zip((*found, *grads), (*exact, *exact_grads), strict=True):
+        assert error(a, b) < (bound if a.dim() == 4 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_reference_computes_halves_in_float32(dtype: torch.dtype) -> None:
+    x, residual, grad = (torch.randn(3, 5, 4, 4).to(dtype) for _ in range(3))
+    weight = torch.randn(5)
+    y, mean, var = reference_norm.masked_batch_norm_act(
+        x, residual, weight, None, None, None, None, None, 0.1, "silu"
+    )
+    wide = reference_norm.masked_batch_norm_act(
+        x.float(), residual.float(), weight, None, None, None, None, None, 0.1, "silu"
+    )
+    assert (y.dtype, mean.dtype, var.dtype) == (dtype, torch.float32, torch.float32)
+    assert torch.equal(y, wide[0].to(dtype))
+    settings_ = (None, True, 0.1, "silu", True, True, True, False, False)
+    grads = reference_norm.masked_batch_norm_act_backward(
+        grad, x, residual, weight, None, None, mean, var, *settings_
+    )
+    wide_grads = reference_norm.masked_batch_norm_act_backward(
+        grad.float(), x.float(), residual.float(), weight, None, None, mean, var, *settings_
+    )
+    for a, b in zip(grads, wide_grads, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+    assert [g.dtype for g in grads[:3]] == [dtype, dtype, torch.float32]
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, 0.5])
 def test_it_is_batch_norm_2d(target: torch.device, last: bool, momentum: float) -> None:
@@ -235,7 +284,8 @@ def test_threads_do_not_change_the_numbers(target: torch.device) -> None:
 def test_autocast_and_compile(target: torch.device) -> None:
     x, weight = torch.randn(2, 4, 3, 3, device=target), torch.randn(4, device=target, requires_grad=True)
     with torch.autocast(target.type, dtype=torch.bfloat16):
-        assert ops.masked_batch_norm_act(x.bfloat16()).dtype == torch.float32
+        wanted = torch.float32 if target.type == "cpu" else torch.bfloat16
+        assert ops.masked_batch_norm_act(x.bfloat16()).dtype == wanted
 
     def step(x: torch.Tensor) -> torch.Tensor:
         return ops.masked_batch_norm_act(x, weight=weight, activation="silu").square().sum()
@@ -249,7 +299,7 @@ def test_autocast_and_compile(target: torch.device) -> None:
     ("change", "message"),
     [
         ({"x": torch.zeros(3, 4)}, r"x must be 4-D.*\(3, 4\)"),
-        ({"x": torch.zeros(1, 4, 2, 2, dtype=torch.int32)}, "float32 or float64; got int32"),
+        ({"x": torch.zeros(1, 4, 2, 2, dtype=torch.int32)}, "float32 or float64, on CUDA also.*; got int32"),
         (
             {"residual": torch.zeros(1, 4, 2, 1)},
             r"residual must be float32 of shape \(1, 4, 2, 2\) like x; got.*\(1, 4, 2, 1\)",

@@ -1,12 +1,8 @@
 // Three ways to run a problem of conv_problems.h: shared-memory tiles, one thread per result, one block per result.
 // All are deterministic: no atomics, fixed order of summation.
 #pragma once
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
 #include "conv_problems.h"
+#include "device.cuh"
 
 namespace lp {
 namespace cuda {
@@ -103,12 +99,6 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const P p) {
   }
   const T sum = block_sum(acc);
   if (threadIdx.x == 0) p.store(g, r, col, sum);
-}
-
-inline void check_launch(const char* what) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("lightning_prune: launching ") + what + " failed: " + cudaGetErrorString(error));
 }
 
 inline unsigned blocks(int64_t count, int64_t per_block) { return unsigned((count + per_block - 1) / per_block); }

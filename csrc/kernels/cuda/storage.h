@@ -73,5 +73,19 @@ struct Tf32 {
   static LP_HD Element save(float v) { return v; }
 };
 
+struct F32 {
+  using Element = float;
+  static constexpr int kLanes = 4;
+  static LP_HD float load(Element e) { return e; }
+  static LP_HD Element save(float v) { return v; }
+};
+
+struct F64 {
+  using Element = double;
+  static constexpr int kLanes = 2;
+  static LP_HD double load(Element e) { return e; }
+  static LP_HD Element save(double v) { return v; }
+};
+
 }  // namespace cuda
 }  // namespace lp

@@ -1,7 +1,5 @@
 // Launches of one storage type: copy of inputs that do not lie in rows of channels, convolution, sum of a split depth.
 #pragma once
-#include <algorithm>
-#include <atomic>
 #include <cstdlib>
 
 #include "depthwise.cuh"
@@ -48,23 +46,6 @@ __global__ void __launch_bounds__(kThreads)
   Piece16* y = reinterpret_cast<Piece16*>(static_cast<E*>(to.data) + at(to, r.n, c0, r.h, r.w));
 #pragma unroll
   for (int i = 0; i < 8 / S::kLanes; ++i) y[i] = pack<S>(v + i * S::kLanes);
-}
-
-inline int current_device() {
-  int device = 0;
-  cudaGetDevice(&device);
-  return device;
-}
-
-inline int processors() {
-  static std::atomic<int> known[64];
-  const int device = current_device();
-  int count = device < 64 ? known[device].load() : 0;
-  if (count == 0) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    if (device < 64) known[device] = count;
-  }
-  return std::max(count, 1);
 }
 
 template <class T>

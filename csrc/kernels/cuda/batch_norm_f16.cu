@@ -1,0 +1,12 @@
+// Batch normalisation of f16 maps.
+#include "batch_norm_launch.cuh"
+
+namespace lp {
+namespace cuda {
+
+void norm_f16(const BatchNorm& p, const Env& env, cudaStream_t stream, bool is_forward) {
+  norm_run<F16>(p, env, stream, is_forward);
+}
+
+}  // namespace cuda
+}  // namespace lp
