@@ -35,8 +35,9 @@ def shape_classes() -> dict[str, list[Any]]:
         return [Shape(*shape, batch, **settings) for shape in shapes]
 
     small = [(251, 263, 7), (512, 512, 7)]
-    other = batches([(37, 77, 56), (64, 128, 56)], stride=2) + batches([(29, 31, 28)], kernel=5)
-    other += batches([(3, 37, 112)], kernel=7, stride=2) + batches([(45, 47, 28)], dilation=2)
+    other = batches([(37, 77, 56), (64, 128, 56), (128, 256, 28), (128, 256, 14)], stride=2)
+    other += batches([(29, 31, 28)], kernel=5) + batches([(29, 61, 56)], kernel=5, stride=2)
+    other += batches([(3, 37, 112), (3, 64, 224)], kernel=7, stride=2) + batches([(45, 47, 28)], dilation=2)
     deep = [
         Shape(c, c, size, batch, stride=stride, groups=c)
         for batch in (1, 8)

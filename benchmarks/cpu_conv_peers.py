@@ -38,8 +38,12 @@ class Shape:
         return self.dilation * (self.kernel // 2)
 
     @property
+    def output(self) -> tuple[int, int]:
+        return (math.ceil(self.size / self.stride),) * 2
+
+    @property
     def flops(self) -> float:
-        out = math.ceil(self.size / self.stride) ** 2 * self.batch
+        out = math.prod(self.output) * self.batch
         return 2.0 * out * self.outputs * self.inputs // self.groups * self.kernel**2
 
     @property
@@ -114,11 +118,7 @@ def own(problem: Problem) -> Run:
     """The project's operator, channels_last."""
     last = torch.channels_last
     shape = problem.shape
-    algorithm = (
-        algorithm_for(problem.weight.shape, shape.batch, shape.size, shape.size)
-        if shape.stride == 1
-        else "direct"
-    )
+    algorithm = algorithm_for(problem.weight.shape, shape.batch, *shape.output, shape.stride)
     packed = ops.pack_conv2d_weight(problem.weight, problem.shape.groups, algorithm)
     x = problem.x.contiguous(memory_format=last)
     residual = None if problem.residual is None else problem.residual.contiguous(memory_format=last)
@@ -133,7 +133,7 @@ def module(problem: Problem) -> Run:
     last, s = torch.channels_last, problem.shape
     conv = torch.nn.Conv2d(s.inputs, s.outputs, s.kernel, s.stride, s.padding, s.dilation, s.groups)
     conv.weight.data, conv.bias = problem.weight, torch.nn.Parameter(problem.bias)
-    algorithm = algorithm_for(conv.weight.shape, s.batch, s.size, s.size)
+    algorithm = algorithm_for(conv.weight.shape, s.batch, *s.output, s.stride)
     chosen = CompactConv2d.from_conv(
         conv, None, "relu", problem.index, problem.out_index, backend="auto", algorithm=algorithm
     )

@@ -61,15 +61,40 @@ LP_HD int64_t packed_offset(int64_t o, int64_t c, int64_t tap, int64_t outputs, 
   return g * width * depth + panel * kPanel * depth + (tap * channels_per_group + c) * lanes + local % kPanel;
 }
 
-// Behind the direct layout a packed 3x3 or 5x5 weight may carry its Winograd transform, in the same panels with
-// (tile + kernel - 1)^2 points for taps. The size of a packed tensor says which: 0 (none), 2, or for 3x3 4; -1 for a size that
-// is none of these.
+// Behind the direct layout a packed weight may carry its Winograd transform, in the same panels with the points for taps. A
+// tile's code says which: 0 is none, the side of its outputs with stride 1 (2: 3x3 and 5x5, 4: 3x3), and with stride 2 that
+// much more than kStridedTile (4 and 5: 3x3, 4: 5x5, 3: 7x7).
+constexpr int kStridedTile = 16;
+constexpr int kTileCodes[] = {2, 4, kStridedTile + 3, kStridedTile + 4, kStridedTile + 5};
+
+LP_HD bool winograd_takes(int64_t kernel, int tile) {
+  if (kernel == 3) return tile == 2 || tile == 4 || tile == kStridedTile + 4 || tile == kStridedTile + 5;
+  return kernel == 5 ? tile == 2 || tile == kStridedTile + 4 : kernel == 7 && tile == kStridedTile + 3;
+}
+
+// Stride 2: the four phases of a few channels fill one block as they are, the others count as taps of their points.
+LP_HD bool unites_phases(int64_t kernel, int64_t channels) { return kernel == 7 && channels <= 4; }
+
+// Multiplications per tile, input channel and output.
+LP_HD int64_t winograd_products(int64_t kernel, int64_t channels, int tile) {
+  if (tile < kStridedTile) return (tile + kernel - 1) * (tile + kernel - 1);
+  const int64_t points = tile - kStridedTile + (kernel - 1) / 2;
+  return unites_phases(kernel, channels) ? 4 * points * points : (2 * points - 1) * (2 * points - 1);
+}
+
+LP_HD int64_t transformed_size(int64_t outputs, int64_t channels, int64_t kernel, int tile) {
+  return tile == 0 ? 0 : packed_size(outputs, channels, winograd_products(kernel, channels, tile), 1);
+}
+
+// The tile whose transform a packed weight of this size carries; -1 for a size that is none of these.
 LP_HD int packed_tile(int64_t size, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw, int64_t groups) {
   const int64_t direct = packed_size(outputs, channels_per_group, kh * kw, groups);
   if (size == direct) return 0;
-  if ((kh != 3 && kh != 5) || kw != kh || groups != 1) return -1;
-  if (size == direct + packed_size(outputs, channels_per_group, (kh + 1) * (kh + 1), 1)) return 2;
-  return kh == 3 && size == direct + packed_size(outputs, channels_per_group, 36, 1) ? 4 : -1;
+  for (int tile : kTileCodes)
+    if (kh == kw && groups == 1 && winograd_takes(kh, tile) &&
+        size == direct + transformed_size(outputs, channels_per_group, kh, tile))
+      return tile;
+  return -1;
 }
 
 // What a CPU kernel needs from its caller: threads and scratch memory. `parallel` splits [0, n) over the caller's pool;
@@ -142,7 +167,7 @@ struct CompactForward {
   View x, residual, y;  // residual.data == nullptr: none
   const void* packed;
   bool packed_is_half;  // CPU: in the half type `dtype`, else float32
-  int tile;             // of the Winograd weights in `packed`; 0: none
+  int tile;             // code of the Winograd weights in `packed`; 0: none
   const void* bias;
   IndexList in_index, out_index;
   int64_t x_channels, y_channels;

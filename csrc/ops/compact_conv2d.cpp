@@ -31,22 +31,30 @@ bool is_half(ScalarType t) { return t == ScalarType::BFloat16 || t == ScalarType
 
 // "auto": the transform from as many channels as the direct kernels were slower; winograd.py has the same rules.
 int parse_algorithm(const char* op, const std::string& name, const Tensor& weight, int64_t groups) {
+  static const char* const names[] = {"winograd2", "winograd4", "winograd3_stride2", "winograd4_stride2", "winograd5_stride2"};
   const int64_t kernel = weight.size(2);
-  const bool fits = (kernel == 3 || kernel == 5) && weight.size(3) == kernel && groups == 1 && !weight.is_cuda() &&
-                    weight.scalar_type() != ScalarType::Double;
+  const bool fits = weight.size(3) == kernel && groups == 1 && !weight.is_cuda() && weight.scalar_type() != ScalarType::Double;
   const bool half = is_half(weight.scalar_type());
   // Half storage rounds the transformed weight too, which only the small tile forgives.
   if (name == "auto")
-    return !fits || weight.size(0) < 12 || weight.size(1) < 12 ? 0 : kernel == 5 ? (half ? 0 : 2) : half ? 2 : 4;
+    return !fits || (kernel != 3 && kernel != 5) || weight.size(0) < 12 || weight.size(1) < 12 ? 0
+           : kernel == 5                                                                       ? (half ? 0 : 2)
+           : half                                                                              ? 2
+                                                                                               : 4;
   if (name == "direct" || name == "tensor_core") return 0;
-  if (name != "winograd2" && name != "winograd4")
-    fail(op, ": algorithm must be one of auto, direct, winograd2, winograd4, tensor_core; got '", name, "'");
-  if (!fits || (name == "winograd4" && kernel != 3))
+  for (int i = 0; i < 5; ++i) {
+    if (name != names[i]) continue;
+    if (fits && winograd_takes(kernel, kTileCodes[i])) return kTileCodes[i];
     fail(op, ": algorithm '", name,
-         "' takes float32 or half weights of shape (O, C, 3, 3), winograd2 also (O, C, 5, 5), on the ",
-         "CPU with groups=1; got ", dtype_name(weight.scalar_type()), " of shape ", show_shape(weight),
-         weight.is_cuda() ? " on CUDA" : "", " with groups=", groups);
-  return name == "winograd2" ? 2 : 4;
+         "' takes float32 or half weights on the CPU with groups=1 and of shape (O, C, k, k), k = 3 or 5 for winograd2 and "
+         "winograd4_stride2, 3 for winograd4 and winograd5_stride2, 7 for winograd3_stride2; got ",
+         dtype_name(weight.scalar_type()), " of shape ", show_shape(weight), weight.is_cuda() ? " on CUDA" : "",
+         " with groups=", groups);
+  }
+  fail(op,
+       ": algorithm must be one of auto, direct, winograd2, winograd4, winograd3_stride2, winograd4_stride2, "
+       "winograd5_stride2, tensor_core; got '",
+       name, "'");
 }
 
 // Lanes of the weights behind the direct layout, or 0; tensor_cores.py has the same rule.
@@ -93,7 +101,7 @@ Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups, const std::strin
   const bool depthwise = cuda::is_depthwise(w.size(0), w.size(1), groups);
   const int64_t taps = w.size(2) * w.size(3);
   const int64_t gap = lanes == 0 ? 0 : cuda::tensor_weight_begin(w.size(0), w.size(1), taps, groups) - direct;
-  const int64_t transformed = tile != 0 ? packed_size(w.size(0), w.size(1), (tile + w.size(2) - 1) * (tile + w.size(3) - 1), 1)
+  const int64_t transformed = tile != 0 ? transformed_size(w.size(0), w.size(1), w.size(2), tile)
                               : lanes != 0
                                   ? gap + cuda::tensor_weight_size(w.size(0), w.size(1), taps, depthwise) + (lanes == 8 ? 1 : 2)
                                   : 0;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,9 +90,13 @@ class ConvSite:
         """The module that runs this package's convolution; None where it cannot (reflecting padding)."""
         images, _, height, width = self.shape
         conv = self.folded()
-        # With stride 1 the output is about as large as the input.
-        known = algorithm_for(conv.weight.shape, images, height, width)
-        algorithm = None if known == "auto" else known
+        strides = cast(tuple[int, int], conv.stride)
+        algorithm = None
+        if strides[0] == strides[1] and strides[0] in (1, 2):
+            # The output is about as large as the input over the stride.
+            out = (-(-height // strides[0]), -(-width // strides[0]))
+            known = algorithm_for(conv.weight.shape, images, *out, strides[0])
+            algorithm = None if known == "auto" else known
         try:
             return CompactConv2d.from_conv(conv, None, self.activation, backend="own", algorithm=algorithm)
         except ValueError:

@@ -15,6 +15,7 @@ from lightning_prune.nn._convert import activation_name, symmetric_padding
 from lightning_prune.ops.masked_conv2d import pair
 from lightning_prune.ops.reference import check_index, packed_size
 from lightning_prune.ops.tensor_cores import tf32_allowed
+from lightning_prune.ops.winograd import STRIDED, WINOGRAD, strided_default
 
 
 def _fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -63,8 +64,8 @@ class CompactConv2d(nn.Module):
             other. Measurements are kept in the user's cache folder. None: what ``LIGHTNING_PRUNE_BACKEND`` says, by
             default ``auto``. Under ``torch.compile``, deterministic algorithms and CUDA graph capture nothing is measured
             and ours runs.
-        algorithm: of our CPU kernel, see :func:`lightning_prune.ops.pack_conv2d_weight`; None or ``auto``: by the channel
-            counts. Taken where it applies (stride 1, not ``exact``), else the direct sum.
+        algorithm: of our CPU kernel, see :func:`lightning_prune.ops.pack_conv2d_weight`; None or ``auto``: by stride and
+            channel counts. Taken where it applies (not with ``exact``; with stride 2 in float32 only), else the direct sum.
 
     ``state_dict`` holds the plain packed weight, whatever the algorithm; what the algorithm needs besides is computed
     again when a state is loaded or the module is converted.
@@ -106,9 +107,9 @@ class CompactConv2d(nn.Module):
         super().__init__()
         if backend not in (None, "auto", "own", "vendor"):
             raise ValueError(f"backend must be auto, own, vendor or None; got {backend!r}")
-        if algorithm not in (None, "auto", "direct", "winograd2", "winograd4"):
+        if algorithm not in (None, "auto", "direct", *WINOGRAD):
             raise ValueError(
-                f"algorithm must be auto, direct, winograd2, winograd4 or None; got {algorithm!r}"
+                f"algorithm must be auto, direct, {', '.join(WINOGRAD)} or None; got {algorithm!r}"
             )
         self.backend = backend
         self.algorithm = algorithm
@@ -156,14 +157,20 @@ class CompactConv2d(nn.Module):
         if weight.is_cuda:
             single = weight.dtype == torch.float32 and self.groups == 1
             return "tensor_core" if single and not self.exact and tf32_allowed() else "auto"
-        if tuple(self.stride) != (1, 1) or self.exact:
-            return "direct"
         wanted = self.algorithm or "auto"
-        kernels = {"winograd2": (3, 5), "winograd4": (3,)}.get(wanted)
-        fits = self.groups == 1 and weight.dtype != torch.float64 and weight.shape[2] == weight.shape[3]
-        if kernels is not None and not (fits and weight.shape[2] in kernels):
+        if self.exact or wanted == "direct":
             return "direct"
-        return wanted
+        if wanted == "auto" and tuple(self.stride) == (1, 1):
+            return "auto"
+        if wanted == "auto":
+            wanted = strided_default(self.weight_shape)
+        tile, kernels = WINOGRAD.get(wanted, (0, ()))
+        step = 1 if tile < STRIDED else 2
+        fits = self.groups == 1 and weight.dtype != torch.float64 and weight.shape[2] == weight.shape[3]
+        fits = fits and tuple(self.stride) == (step, step)
+        if step == 2:
+            fits = fits and tuple(self.dilation) == (1, 1) and weight.dtype == torch.float32
+        return wanted if fits and weight.shape[2] in kernels else "direct"
 
     def _pack(self, weight: Tensor) -> None:
         self._chooser = None

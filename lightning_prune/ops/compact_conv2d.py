@@ -25,6 +25,10 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct
             weight transformed for Winograd convolution with output tiles of 2x2 and 4x4 (float32 and half types, 3x3 and,
             with 2x2 tiles, 5x5, groups=1, CPU; 2.8 and 5 times the memory for 3x3, 2.4 times for 5x5); it is used for
             stride 1 and does a half and a quarter of the multiplications of 3x3, a third of those of 5x5.
+            ``winograd4_stride2`` (3x3, 5x5), ``winograd5_stride2`` (3x3) and ``winograd3_stride2`` (7x7) are used for stride 2
+            without dilation, with output tiles of that side: even and odd inputs are a stride-1 convolution each, transformed
+            at the same points. They do 56 %, 54 %, and for 5x5 and 7x7 30 % and 27 % of the multiplications (7x7 of up to
+            four channels: 33 %, on blocks of 2x2 pixels), in 10, 14.4, 5.8 and 3.5 times the memory.
             ``tensor_core`` (CUDA, dense or depthwise) adds the weight in the layout of the tensor-core
             kernels, for inputs of the weight's dtype; float32 is multiplied as tf32 there, except in depthwise
             convolutions. ``auto``, from 12 inputs and outputs up, takes ``winograd4`` for 3x3, ``winograd2`` for 5x5 and
@@ -89,10 +93,10 @@ def compact_conv2d(
         RuntimeError: a shape, dtype, device or index does not fit (ValueError or RuntimeError in the fallback).
 
     Accuracy in float32, as the largest error of a map over its largest sum of ``|x| * |weight|``, against float64: at
-    most 5e-6 for the direct and the 4x4 Winograd algorithm, 2.5e-6 for the 2x2 one (5x5: 6e-6, and 5e-6 with 2x2 tiles). The
-    tests hold it for up to 700
-    channels with random values, values over eight orders of magnitude, large offsets, spikes and alternating signs. An
-    output of a Winograd tile has an error relative to the largest sum of its tile, not to its own.
+    most 5e-6 for the direct and the 4x4 Winograd algorithm, 2.5e-6 for the 2x2 one (5x5: 6e-6, and 5e-6 with 2x2 tiles). With
+    stride 2 at most 5e-6 (``winograd5_stride2``: 1e-5). The tests hold it for up to 700 channels with random values, values over
+    eight orders of magnitude, large offsets, spikes and alternating signs. An output of a Winograd tile has an error relative
+    to the largest sum of its tile, not to its own.
 
     There is no gradient: an input that requires one is computed by the reference, which has one.
     """

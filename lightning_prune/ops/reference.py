@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune.ops.tensor_cores import carried_lanes, tensor_lanes, tensor_weight
-from lightning_prune.ops.winograd import transform_weight, transformed_shape, winograd_tile
+from lightning_prune.ops.winograd import WINOGRAD, transform_weight, transformed_shape, winograd_tile
 
 _PANEL = 16
 
@@ -111,7 +111,7 @@ def packed_size(weight_shape: Sequence[int], groups: int, tile: int = 0) -> int:
     Args:
         weight_shape: (O, C / groups, kh, kw).
         groups: of the convolution.
-        tile: 2 or 4 with the transformed weights of that Winograd tile, 0 without.
+        tile: code of the Winograd tile whose transformed weights it carries, see ``ops/winograd.py``; 0 without.
     """
     outputs, channels, height, width = weight_shape
     if _is_depthwise(weight_shape, groups):
@@ -172,7 +172,9 @@ def unpack_conv2d_weight(packed: Tensor, weight_shape: Sequence[int], groups: in
     check_packable(weight_shape, groups)
     shape = (int(weight_shape[0]), int(weight_shape[1]), int(weight_shape[2]), int(weight_shape[3]))
     expected = packed_size(shape, groups)
-    tiles = {(3, 3): (0, 2, 4), (5, 5): (0, 2)}.get(shape[2:], (0,)) if groups == 1 else (0,)
+    tiles = {0}
+    if groups == 1 and shape[2] == shape[3]:
+        tiles |= {tile for tile, kernels in WINOGRAD.values() if shape[2] in kernels}
     sizes = {packed_size(shape, groups, tile) for tile in tiles}
     known = packed.dim() == 1 and (
         packed.shape[0] in sizes or carried_lanes(packed.shape[0], expected, shape, groups) > 0

@@ -11,17 +11,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ALGORITHMS = ("auto", "direct", "winograd2", "winograd4", "tensor_core")
+#: stride 2: a tile's code is so much more than the side of its outputs
+STRIDED = 16
+#: names of the Winograd algorithms, with the codes of their tiles and the kernel sides that they take
+WINOGRAD = {
+    "winograd2": (2, (3, 5)),
+    "winograd4": (4, (3,)),
+    "winograd3_stride2": (STRIDED + 3, (7,)),
+    "winograd4_stride2": (STRIDED + 4, (3, 5)),
+    "winograd5_stride2": (STRIDED + 5, (3,)),
+}
+ALGORITHMS = ("auto", "direct", *WINOGRAD, "tensor_core")
 # Smallest channel counts for which "auto" packs Winograd weights: below, the direct kernels are as fast.
 AUTO_MIN_CHANNELS = 12
 # Inputs times outputs from which up to four 4x4 tiles are dearer than sixteen 2x2 ones: the transform leaves the L2 cache.
 FEW_TILES_LARGE_WEIGHT = 380 * 380
-# Interpolation points beside 0 and infinity, by their number. The square roots keep the matrices well conditioned.
-_POINTS = {4: (1.0, -1.0), 6: (0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))}
+# Stride 2: inputs times outputs of 3x3 for which transforms pay, fewest tiles, and transformed weights that each tile pays for.
+STRIDED_MIN_WEIGHT, STRIDED_MIN_TILES, STRIDED_WEIGHT_PER_TILE = 512, 8, 450_000
+# Interpolation points beside infinity, by their number. The square roots keep the matrices well conditioned.
+_POINTS = {
+    4: (0.0, 1.0, -1.0),
+    5: (0.5, -0.5, 1.25, -1.25),
+    6: (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5)),
+}
 
 
 def winograd_tile(weight: Tensor, groups: int, algorithm: str) -> int:
-    """Side of the output tile whose transformed weights ``algorithm`` asks for; 0 for none.
+    """Code of the tile whose transformed weights ``algorithm`` asks for: see ``WINOGRAD``; 0 for none.
 
     Raises:
         ValueError: an unknown algorithm, or a Winograd algorithm for a weight it does not take.
@@ -29,10 +45,9 @@ def winograd_tile(weight: Tensor, groups: int, algorithm: str) -> int:
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
     shape = tuple(weight.shape)
-    known = shape[2:] in ((3, 3), (5, 5)) and weight.dtype != torch.float64
-    fits = known and groups == 1 and not weight.is_cuda
+    fits = shape[2] == shape[3] and weight.dtype != torch.float64 and groups == 1 and not weight.is_cuda
     if algorithm == "auto":
-        if not fits or min(shape[0], shape[1]) < AUTO_MIN_CHANNELS:
+        if not fits or shape[2] not in (3, 5) or min(shape[0], shape[1]) < AUTO_MIN_CHANNELS:
             return 0
         # half storage rounds the transformed weight too, which only the small tile of 3x3 forgives
         half = weight.dtype in (torch.bfloat16, torch.float16)
@@ -41,52 +56,148 @@ def winograd_tile(weight: Tensor, groups: int, algorithm: str) -> int:
         return 2 if half else 4
     if algorithm in ("direct", "tensor_core"):
         return 0
-    if not fits or (algorithm == "winograd4" and shape[2] != 3):
+    tile, kernels = WINOGRAD[algorithm]
+    if not fits or shape[2] not in kernels:
         raise ValueError(
-            f"algorithm {algorithm!r} takes float32 or half weights of shape (O, C, 3, 3), winograd2 also (O, C, 5, 5), on "
-            f"the CPU with groups=1; got {weight.dtype} of shape {shape} on {weight.device.type} with groups={groups}"
+            f"algorithm {algorithm!r} takes float32 or half weights on the CPU with groups=1 and of shape (O, C, k, k), "
+            "k = 3 or 5 for winograd2 and winograd4_stride2, 3 for winograd4 and winograd5_stride2, 7 for "
+            f"winograd3_stride2; got {weight.dtype} of shape {shape} on {weight.device.type} with groups={groups}"
         )
-    return 2 if algorithm == "winograd2" else 4
+    return tile
 
 
-def algorithm_for(weight_shape: Sequence[int], images: int, height: int, width: int) -> str:
-    """The algorithm to pack a stride-1 weight with when the output's size is known.
+def algorithm_for(weight_shape: Sequence[int], images: int, height: int, width: int, stride: int = 1) -> str:
+    """The algorithm to pack a weight with when the output's size is known.
 
-    ``auto``, or ``winograd2`` where a large weight meets so few 4x4 tiles that reading its transform takes longer than
-    computing with it.
+    With stride 1 ``auto``, or ``winograd2`` where a large weight meets so few 4x4 tiles that reading its transform takes
+    longer than computing with it. With stride 2 the tile that multiplies least, edges included, or ``direct``.
 
     Args:
         weight_shape: (O, C, kh, kw).
         images: per call.
         height: of the output.
         width: of the output.
+        stride: 1 or 2, along both dimensions.
     """
+    outputs, channels, kernel, across = (int(size) for size in weight_shape)
+    if stride == 2:
+        if kernel != across:
+            return "direct"
+        return _strided_algorithm(outputs, channels, kernel, images, height, width)
     tiles = images * -(-height // 4) * -(-width // 4)
-    large = int(weight_shape[0]) * int(weight_shape[1]) >= FEW_TILES_LARGE_WEIGHT
-    return "winograd2" if large and tiles <= 4 and tuple(weight_shape[2:]) == (3, 3) else "auto"
+    large = outputs * channels >= FEW_TILES_LARGE_WEIGHT
+    return "winograd2" if large and tiles <= 4 and (kernel, across) == (3, 3) else "auto"
+
+
+def _strided_algorithm(outputs: int, channels: int, kernel: int, images: int, height: int, width: int) -> str:
+    if not _strided_pays(outputs, channels, kernel):
+        return "direct"
+    found, least = "direct", 0.8 * images * height * width * kernel**2
+    for name, (tile, kernels) in WINOGRAD.items():
+        if tile < STRIDED or kernel not in kernels:
+            continue
+        side = tile - STRIDED
+        tiles = images * -(-height // side) * -(-width // side)
+        per_tile = winograd_products(kernel, channels, tile)
+        few = tiles < STRIDED_MIN_TILES or per_tile * channels * outputs > tiles * STRIDED_WEIGHT_PER_TILE
+        if not few and tiles * per_tile < least:
+            found, least = name, tiles * per_tile
+    return found
+
+
+def _strided_pays(outputs: int, channels: int, kernel: int) -> bool:
+    if unites_phases(kernel, channels):
+        return channels >= 3 and outputs > 16
+    least = STRIDED_MIN_WEIGHT if kernel == 3 else 0
+    return min(outputs, channels) >= AUTO_MIN_CHANNELS and outputs * channels >= least
+
+
+def strided_default(weight_shape: Sequence[int]) -> str:
+    """The algorithm for stride 2 when the output's size is not known.
+
+    Args:
+        weight_shape: (O, C, k, k).
+    """
+    outputs, channels, kernel = (int(size) for size in weight_shape[:3])
+    name = {3: "winograd4_stride2", 5: "winograd4_stride2", 7: "winograd3_stride2"}.get(kernel, "direct")
+    if name == "direct" or not _strided_pays(outputs, channels, kernel):
+        return "direct"
+    # what is large has small maps, and takes a multiple of its memory
+    weight = winograd_products(kernel, channels, WINOGRAD[name][0]) * channels * outputs
+    return name if weight <= STRIDED_MIN_TILES * STRIDED_WEIGHT_PER_TILE else "direct"
+
+
+def unites_phases(kernel: int, channels: int) -> bool:
+    """Whether a stride-2 tile's four phases are channels, not taps: for a few channels."""
+    return kernel == 7 and channels <= 4
+
+
+def winograd_products(kernel: int, channels: int, tile: int) -> int:
+    """Multiplications per tile, input channel and output."""
+    if tile < STRIDED:
+        return (tile + kernel - 1) ** 2
+    points = tile - STRIDED + (kernel - 1) // 2
+    return 4 * points**2 if unites_phases(kernel, channels) else (2 * points - 1) ** 2
 
 
 def transform_matrix(tile: int, kernel: int = 3) -> Tensor:
-    """G, float64, shape (tile + kernel - 1, kernel): the transformed weight is ``G @ w @ G.T``."""
-    rows = []
-    points = (0.0, *_POINTS[tile + kernel - 1])
+    """G, float64: the transformed weight is ``G @ w @ G.T``.
+
+    Args:
+        tile: code of the tile.
+        kernel: side of the weight.
+
+    Returns:
+        Shape (points, kernel). With stride 2 (2 points, kernel): the rows of the even taps, then those of the odd ones, of
+        which the last is zero.
+    """
+    step = 1 if tile < STRIDED else 2
+    points = _POINTS[tile % STRIDED + (kernel - 1) // step]
+    matrix = torch.zeros(step, len(points) + 1, kernel, dtype=torch.float64)
     for i, p in enumerate(points):
         norm = 1.0
         for j, q in enumerate(points):
             norm *= p - q if i != j else 1.0
         # The transform of the input leaves the sign of the row for 0 out.
         norm = abs(norm) if p == 0 else norm
-        rows.append([p**power / norm for power in range(kernel)])
-    return torch.tensor([*rows, [0.0] * (kernel - 1) + [1.0]], dtype=torch.float64)
+        for tap in range(kernel):
+            matrix[tap % step, i, tap] = p ** (tap // step) / norm
+    matrix[0, -1, kernel - 1] = 1.0
+    return matrix.flatten(0, 1)
 
 
 def transform_weight(weight: Tensor, tile: int) -> Tensor:
-    """The weight at the Winograd points, (O, C, tile + k - 1, tile + k - 1); computed in float64, rounded once."""
-    g = transform_matrix(tile, weight.shape[-1]).to(weight.device)
-    return (g @ weight.double() @ g.T).to(weight.dtype)
+    """The weight at the Winograd points; computed in float64, rounded once.
+
+    Returns:
+        Shape of :func:`transformed_shape`. With stride 2 a point has up to four (row phase, column phase), which follow it
+        as taps, or as channels for few channels.
+    """
+    kernel, channels = weight.shape[-1], weight.shape[1]
+    g = transform_matrix(tile, kernel).to(weight.device)
+    full = (g @ weight.double() @ g.T).to(weight.dtype)
+    if tile < STRIDED:
+        return full
+    points = len(g) // 2
+    # (O, C, row phase, row, column phase, column) -> row and column of the point, then the phases
+    phases = full.unflatten(3, (2, points)).unflatten(2, (2, points)).permute(0, 3, 5, 2, 4, 1)
+    if unites_phases(kernel, channels):
+        return phases.flatten(3).permute(0, 3, 1, 2)
+    last = points - 1
+    taps = [
+        phases[:, i, j, : 2 - (i == last), : 2 - (j == last)].flatten(1, 2)
+        for i in range(points)
+        for j in range(points)
+    ]
+    return torch.cat(taps, 1).permute(0, 2, 1).unsqueeze(2)
 
 
 def transformed_shape(weight_shape: Sequence[int], tile: int) -> tuple[int, int, int, int]:
-    """Shape of :func:`transform_weight`."""
-    side = tile + int(weight_shape[2]) - 1
-    return int(weight_shape[0]), int(weight_shape[1]), side, side
+    """Shape of :func:`transform_weight`: (O, C, points, points), with stride 2 (O, C, 1, products) or (O, 4 C, 6, 6)."""
+    outputs, channels, kernel = (int(size) for size in weight_shape[:3])
+    side = tile % STRIDED + (kernel - 1) // (1 if tile < STRIDED else 2)
+    if tile < STRIDED:
+        return outputs, channels, side, side
+    if unites_phases(kernel, channels):
+        return outputs, 4 * channels, side, side
+    return outputs, channels, 1, winograd_products(kernel, channels, tile)

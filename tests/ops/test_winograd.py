@@ -214,18 +214,24 @@ def test_few_tiles_of_a_large_weight_take_the_small_tile() -> None:
     assert module.double().packed.numel() == conv.weight.numel()
     strided = CompactConv2d.from_conv(nn.Conv2d(16, 16, 3, stride=2), algorithm="winograd4")
     assert strided.packed.numel() == 16 * 16 * 9
-    with pytest.raises(ValueError, match="algorithm must be auto, direct, winograd2, winograd4 or None"):
+    with pytest.raises(ValueError, match=r"algorithm must be auto, direct, winograd2, .* or None; got 'fft'"):
         CompactConv2d([4, 4, 3, 3], algorithm="fft")
 
 
 def test_algorithm_is_checked() -> None:
     errors = (ValueError, RuntimeError)
-    with pytest.raises(errors, match="one of auto, direct, winograd2, winograd4, tensor_core; got 'fft'"):
+    with pytest.raises(errors, match="one of auto, direct, winograd2, .*, tensor_core; got 'fft'"):
         ops.pack_conv2d_weight(torch.zeros(2, 2, 3, 3), 1, "fft")
-    with pytest.raises(errors, match=r"takes float32 or half weights of shape \(O, C, 3, 3\)"):
+    with pytest.raises(errors, match=r"takes float32 or half weights .* of shape \(O, C, k, k\)"):
         ops.pack_conv2d_weight(torch.zeros(2, 2, 1, 3), 1, "winograd2")
-    with pytest.raises(errors, match=r"winograd2 also \(O, C, 5, 5\)"):
-        ops.pack_conv2d_weight(torch.zeros(2, 2, 5, 5), 1, "winograd4")
+    for kernel, name in (
+        (5, "winograd4"),
+        (5, "winograd5_stride2"),
+        (3, "winograd3_stride2"),
+        (7, "winograd2"),
+    ):
+        with pytest.raises(errors, match=rf"{name}.*3 for winograd4 .*, 7 for winograd3_stride2; got"):
+            ops.pack_conv2d_weight(torch.zeros(2, 2, kernel, kernel), 1, name)
     with pytest.raises(errors, match="with groups=2"):
         ops.pack_conv2d_weight(torch.zeros(2, 2, 3, 3), 2, "winograd4")
 
@@ -270,8 +276,6 @@ def test_module_packs_again_and_saves_the_plain_weight() -> None:
         assert fast.packed.numel() == 5 * plain
         assert copy.deepcopy(fast).bfloat16().packed.numel() == plain * 25 // 9
         assert copy.deepcopy(fast).double().packed.numel() == plain
-    strided = CompactConv2d.from_conv(nn.Conv2d(16, 24, 3, stride=2))
-    assert strided.packed.numel() == plain
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "winograd2"])

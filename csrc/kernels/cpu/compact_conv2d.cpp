@@ -18,65 +18,117 @@ void pack(const View& w, int64_t outputs, int64_t channels_per_group, int64_t kh
             static_cast<const S*>(w.data)[o * w.n + c * w.c + t / kw * w.h + t % kw * w.w];
 }
 
-// Transformed in double and rounded once: G g G^T, with the points of kernels/cpu/winograd.h.
+// The rows of a tile's transform of a kernel's rows (or columns).
+struct WeightTransform {
+  int rows;            // with stride 2: those of the even taps, then those of the odd ones, which have none at infinity
+  int points, phases;  // per row of a tile; phases that are taps of a point, not channels
+  double g[12][7];     // [row][tap]
+};
+
+// A row of G: the powers of its point over the product of the distances to the others; for infinity the last tap.
+WeightTransform weight_transform(int kernel, int64_t channels, int tile) {
+  static const double at[3][5] = {
+      {0, 1, -1},
+      {0.5, -0.5, 1.25, -1.25},
+      {0, 0.70710678118654752440, -0.70710678118654752440, 1.41421356237309504880, -1.41421356237309504880}};
+  const int step = tile < kStridedTile ? 1 : 2;
+  WeightTransform t{};
+  t.points = tile % kStridedTile + (kernel - 1) / step;
+  const bool united = step == 2 && unites_phases(kernel, channels);
+  t.phases = united ? 1 : step;
+  t.rows = step * t.points - (step == 2 && !united);
+  const double* point = at[t.points - 4];
+  const int last = t.points - 1;
+  for (int i = 0; i < last; ++i) {
+    double norm = 1;
+    for (int j = 0; j < last; ++j)
+      if (j != i) norm *= point[i] - point[j];
+    if (point[i] == 0) norm = std::abs(norm);  // the transform of the input leaves the sign of this row out
+    for (int phase = 0; phase < step; ++phase) {
+      double power = 1;
+      for (int k = phase; k < kernel; k += step, power *= point[i]) t.g[phase * t.points + i][k] = power / norm;
+    }
+  }
+  t.g[last][kernel - 1] = 1;
+  return t;
+}
+
+// G g G^T of every (output, channel), in double and rounded once, with the points of kernels/cpu/winograd_transforms.h.
 void pack_transformed(const View& w, int64_t outputs, int64_t channels, int kernel, int tile, float* packed, const Env& env) {
   struct Context {
     const View& w;
     int64_t outputs, channels;
-    int kernel, points;
-    double g[6][5];
+    int kernel;
+    bool united;
+    int64_t taps;
+    WeightTransform t;
     float* packed;
-  } context{w, outputs, channels, kernel, tile + kernel - 1, {}, packed};
-  // A row of G: the powers of its point over the product of the distances to the others. The transform of the input leaves
-  // the sign of the row for 0 out.
-  static const double at[2][5] = {
-      {0, 1, -1}, {0, 0.70710678118654752440, -0.70710678118654752440, 1.41421356237309504880, -1.41421356237309504880}};
-  const int last = context.points - 1;
-  const double* point = at[context.points == 6];
-  for (int i = 0; i < last; ++i) {
-    double norm = 1, power = 1;
-    for (int j = 0; j < last; ++j)
-      if (j != i) norm *= point[i] - point[j];
-    if (i == 0) norm = std::abs(norm);
-    for (int t = 0; t < kernel; ++t, power *= point[i]) context.g[i][t] = power / norm;
-  }
-  context.g[last][kernel - 1] = 1;
-  std::memset(packed, 0, size_t(packed_size(outputs, channels, context.points * context.points, 1)) * sizeof(float));
+
+    // Where the product of rows r and s is: its channel and its tap.
+    void place(int r, int s, int64_t& channel, int64_t& tap) const {
+      const int n = t.points, i = r % n, j = s % n, row_phase = r / n, col_phase = s / n;
+      tap = i * n + j;
+      if (united) channel += (2 * row_phase + col_phase) * channels;
+      if (t.phases == 1) return;
+      const int in_row = i < n - 1 ? 2 : 1, in_col = j < n - 1 ? 2 : 1;  // phases of the point; TileDomain has the same order
+      tap = int64_t(2) * (2 * n - 1) * i + 2 * in_row * j + in_col * row_phase + col_phase;
+    }
+  } context{w,
+            outputs,
+            channels,
+            kernel,
+            tile >= kStridedTile && unites_phases(kernel, channels),
+            0,
+            weight_transform(kernel, channels, tile),
+            packed};
+  context.taps = winograd_products(kernel, channels, tile) / (context.united ? 4 : 1);
+  std::memset(packed, 0, size_t(transformed_size(outputs, channels, kernel, tile)) * sizeof(float));
   env.parallel(
       outputs,
       [](int64_t begin, int64_t end, void* ctx) {
         const Context& c = *static_cast<Context*>(ctx);
-        const int n = c.points;
+        const int n = c.t.rows;
+        const int64_t all = c.united ? 4 * c.channels : c.channels;
         for (int64_t o = begin; o < end; ++o)
           for (int64_t k = 0; k < c.channels; ++k) {
-            double half[6][5] = {};
+            double half[12][7] = {};
             const float* src = static_cast<const float*>(c.w.data) + o * c.w.n + k * c.w.c;
             for (int i = 0; i < n; ++i)
               for (int j = 0; j < c.kernel; ++j)
-                for (int t = 0; t < c.kernel; ++t) half[i][j] += c.g[i][t] * double(src[t * c.w.h + j * c.w.w]);
+                for (int t = 0; t < c.kernel; ++t) half[i][j] += c.t.g[i][t] * double(src[t * c.w.h + j * c.w.w]);
             for (int i = 0; i < n; ++i)
               for (int j = 0; j < n; ++j) {
                 double sum = 0;
-                for (int t = 0; t < c.kernel; ++t) sum += half[i][t] * c.g[j][t];
-                c.packed[packed_offset(o, k, i * n + j, c.outputs, c.channels, n * n, 1)] = float(sum);
+                for (int t = 0; t < c.kernel; ++t) sum += half[i][t] * c.t.g[j][t];
+                int64_t channel = k, tap;
+                c.place(i, j, channel, tap);
+                c.packed[packed_offset(o, channel, tap, c.outputs, all, c.taps, 1)] = float(sum);
               }
           }
       },
       &context);
 }
 
+// Transformed weights, in floats, that one tile's work pays for reading.
+constexpr int64_t kStridedWeightPerTile = 450000;
+
 // Winograd pays from a few tiles up: fewer read its many weights for too little work. And its tiles must not be mostly empty.
 bool use_winograd(const CompactForward& f, int64_t images) {
   const ConvShape& s = f.shape;
   if (f.tile == 0 || f.dtype == DType::f64 || s.groups != 1 || s.channels == 0) return false;
-  if (s.stride_h != 1 || s.stride_w != 1) return false;
+  const int stride = f.tile < kStridedTile ? 1 : 2, side = f.tile % kStridedTile;
+  if (s.stride_h != stride || s.stride_w != stride) return false;
+  if (stride == 2 && (s.dil_h != 1 || s.dil_w != 1)) return false;
   const auto tiles_along = [&](int64_t size, int64_t dilation) {
     const int64_t pixels = (size + dilation - 1) / dilation;
-    return dilation * ((pixels + f.tile - 1) / f.tile);
+    return dilation * ((pixels + side - 1) / side);
   };
   const int64_t tiles = images * tiles_along(s.out_h, s.dil_h) * tiles_along(s.out_w, s.dil_w);
-  const int64_t points = (f.tile + s.kh - 1) * (f.tile + s.kw - 1);
-  return tiles >= 4 && tiles * points * 5 <= images * s.out_h * s.out_w * s.kh * s.kw * 4;
+  const int64_t products = winograd_products(s.kh, s.channels, f.tile);
+  if (tiles * products * 5 > images * s.out_h * s.out_w * s.kh * s.kw * 4) return false;
+  if (stride == 1) return tiles >= 4;
+  // The transform for stride 2 is nine times the weight and more; winograd.py has the same rule.
+  return tiles >= 8 && products * s.channels * s.outputs <= tiles * kStridedWeightPerTile;
 }
 
 template <class T>
@@ -170,8 +222,8 @@ void compact(const CompactForward& f, bool winograd, const Env& env) {
 const float* widened_weight(const CompactForward& f, bool winograd, const Env& env) {
   const ConvShape& s = f.shape;
   const int64_t direct = packed_size(s.outputs, s.channels / s.groups, s.kh * s.kw, s.groups);
-  const int64_t points = (f.tile + s.kh - 1) * (f.tile + s.kw - 1);
-  const int64_t begin = winograd ? direct : 0, count = winograd ? packed_size(s.outputs, s.channels, points, 1) : direct;
+  const int64_t begin = winograd ? direct : 0;
+  const int64_t count = winograd ? transformed_size(s.outputs, s.channels, s.kh, f.tile) : direct;
   float* copy = scratch<float>(env, begin + count);
   constexpr int64_t row = 4096;
   const auto widen = [&](int64_t at, int64_t rows, int64_t size) {

@@ -30,6 +30,7 @@ namespace LP_ISA {
 #include "pool.h"
 #include "half_maps.h"
 #include "conv.h"
+#include "winograd_transforms.h"
 #include "winograd.h"
 #include "weight_grad.h"
 #include "winograd_training.h"

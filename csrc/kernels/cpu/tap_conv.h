@@ -85,7 +85,7 @@ struct HalfMap {
 struct CpuKernels {
   const char* name;
   void (*conv[2])(const TapConv&, const Env&);             // float32, float64
-  void (*winograd)(const TapConv&, int tile, const Env&);  // float32, one group, 3x3 or 5x5, stride 1
+  void (*winograd)(const TapConv&, int tile, const Env&);  // float32, one group; see kTileCodes
   bool (*depthwise)(const TapConv&, const Env&);  // float32, one group, weight (tap, channel); false: not a case for it
   bool (*residual_rows)(const TapConv&, int64_t channels, const Env&);  // float32: out = act(residual), if it can
   void (*weight_grad[2])(const TapWeightGrad&, const Env&);
@@ -115,7 +115,7 @@ void masked_backward_cpu(const MaskedBackward&, const Env&);
 void compact_forward_cpu(const CompactForward&, const Env&);
 void pack_cpu(const View& weight, DType dtype, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw,
               int64_t groups, void* packed, const Env&);
-// The transformed weights of Winograd F(tile x tile, kernel x kernel), as panels of (tile + kernel - 1)^2 taps.
+// The transformed weights of the Winograd tile of this code, transformed_size() of them.
 void pack_winograd_cpu(const View& weight, int64_t outputs, int64_t channels, int kernel, int tile, float* packed, const Env&);
 
 }  // namespace lp
