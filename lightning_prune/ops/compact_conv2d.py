@@ -94,9 +94,9 @@ def compact_conv2d(
 
     Accuracy in float32, as the largest error of a map over its largest sum of ``|x| * |weight|``, against float64: at
     most 5e-6 for the direct and the 4x4 Winograd algorithm, 2.5e-6 for the 2x2 one (5x5: 6e-6, and 5e-6 with 2x2 tiles). With
-    stride 2 at most 5e-6 (``winograd5_stride2``: 1e-5). The tests hold it for up to 700 channels with random values, values over
-    eight orders of magnitude, large offsets, spikes and alternating signs. An output of a Winograd tile has an error relative
-    to the largest sum of its tile, not to its own.
+    stride 2 at most 5e-6 (``winograd5_stride2``: 1e-5). The tests hold it for up to 700 channels with random values, values
+    over eight orders of magnitude, large offsets, spikes and alternating signs. An output of a Winograd tile has an error
+    relative to the largest sum of its tile, not to its own.
 
     There is no gradient: an input that requires one is computed by the reference, which has one.
     """
