@@ -53,30 +53,12 @@ static inline V keep_bits(V v, V bits) {
   return V(I(v) & I(bits));
 }
 
-template <Act A, class V>
-static inline V activate_vector(V z) {
-  using T = ScalarOf<V>;
-  if constexpr (A == Act::none) return z;
-  if constexpr (A == Act::relu) return z < V{} ? V{} : z;
-  if constexpr (A == Act::relu6) {
-    const V six = V{} + T(6), low = z < V{} ? V{} : z;
-    return low > six ? six : low;
-  }
-  for (size_t i = 0; i < sizeof(V) / sizeof(T); ++i) z[i] = activate<A>(T(z[i]));
-  return z;
-}
-
 // g = dy * act'(z)
 template <Act A, class V>
 static inline V activation_grad(V z, V dy) {
-  using T = ScalarOf<V>;
   if constexpr (A == Act::none) return dy;
   if constexpr (A == Act::relu) return z > V{} ? dy : V{};
-  for (size_t i = 0; i < sizeof(V) / sizeof(T); ++i) {
-    const T s = A == Act::relu6 || A == Act::sigmoid ? activate<A>(T(z[i])) : T(z[i]);
-    dy[i] *= activate_grad<A>(s);
-  }
-  return dy;
+  return dy * activate_grad<A>(A == Act::relu6 || A == Act::sigmoid ? activate<A>(z) : z);
 }
 
 // Vectors of one column of the layout: full ones, or the first `count` lanes.
@@ -223,7 +205,7 @@ static void norm_forward(const BatchNorm& p, const NormLayout<T>& l, const NormT
           V z = parameters.keep(dead ? V{} : column.read(x + from, v) - m[v], v);
           z = z * s[v] + b[v];
           if (residual) z += column.read(residual + from, v);
-          column.write(y + from, v, activate_vector<A>(z));
+          column.write(y + from, v, activate<A>(z));
         }
       }
     });

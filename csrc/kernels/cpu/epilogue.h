@@ -8,9 +8,9 @@ struct PixelTable {
   int64_t* residual;
 };
 
-// One pixel: act(row + shift + residual) to `count` consecutive channels. relu and relu6 are clamps.
-template <class T>
-static inline void finish_row(Act act, const T* row, const T* shift, const T* residual, T* out, int64_t count) {
+// One pixel: act(row + shift + residual) to `count` consecutive channels.
+template <Act A, class T>
+static inline void finish_row(const T* row, const T* shift, const T* residual, T* out, int64_t count) {
   using V = typename Simd<T, LP_VECTOR_BYTES>::reg;
   constexpr int L = Simd<T, LP_VECTOR_BYTES>::lanes;
   for (int64_t o = 0; o < count; o += L) {
@@ -18,9 +18,7 @@ static inline void finish_row(Act act, const T* row, const T* shift, const T* re
     V v = load<V>(row + o);
     if (shift) v += load_part<V>(shift + o, lanes);
     if (residual) v += load_part<V>(residual + o, lanes);
-    if (act != Act::none) v = v < V{} ? V{} : v;  // NaN passes through
-    if (act == Act::relu6) v = v > T(6) ? V{} + T(6) : v;
-    store_part<V>(out + o, v, lanes);
+    store_part<V>(out + o, activate<A>(v), lanes);
   }
 }
 
@@ -38,13 +36,13 @@ static void epilogue(const TapConv& p, T* tile_out, int64_t ld, const PixelTable
       const T* const no_residual = nullptr;
       T* out = static_cast<T*>(p.out.data) + channel[0];
       if (residual) residual += channel[0];
-      const bool in_register = p.act == Act::none || p.act == Act::relu || p.act == Act::relu6;
-      if (in_register) {
+      with_act(p.act, [&](auto act) {
         for (int64_t j = 0; j < pixels; ++j)
-          finish_row(p.act, tile_out + j * ld, shift, residual ? residual + table.residual[pixel0 + j] : no_residual,
-                     out + table.out[pixel0 + j], count);
-        return;
-      }
+          finish_row<decltype(act)::value>(tile_out + j * ld, shift,
+                                           residual ? residual + table.residual[pixel0 + j] : no_residual,
+                                           out + table.out[pixel0 + j], count);
+      });
+      return;
     }
   }
   for (int64_t j = 0; j < pixels; ++j) {
@@ -58,13 +56,7 @@ static void epilogue(const TapConv& p, T* tile_out, int64_t ld, const PixelTable
       for (int64_t o = 0; o < count; ++o) row[o] += to_acc(residual[channel[o] * p.residual.c]);
     }
   }
-  with_act(p.act, [&](auto act) {
-    if constexpr (decltype(act)::value != Act::none) {
-      const int64_t width = (count + 7) / 8 * 8;
-      for (int64_t j = 0; j < pixels; ++j)
-        for (int64_t o = 0; o < width; ++o) tile_out[j * ld + o] = activate<decltype(act)::value>(tile_out[j * ld + o]);
-    }
-  });
+  activate_rows(p.act, tile_out, ld, pixels, count);
   S* out = static_cast<S*>(p.out.data);
   if (p.out.c == 1) {
     for (int64_t j = 0; j < pixels; ++j) {

@@ -21,6 +21,7 @@ namespace lp {
 namespace {
 namespace LP_ISA {
 #include "simd.h"
+#include "activations.h"
 // clang-format off: each header builds on the one before
 #include "stage.h"
 #include "epilogue.h"

@@ -19,14 +19,6 @@ static inline V clamp(V v, float low, float high) {
   return v > hi ? hi : v;
 }
 
-// The activation over `pixels` rows of `count` consecutive channels.
-static void activate_rows(Act act, float* y, int64_t ld, int64_t pixels, int64_t count) {
-  with_act(act, [&](auto a) {
-    for (int64_t j = 0; j < pixels; ++j)
-      for (int64_t o = 0; o < count; ++o) y[j * ld + o] = activate<decltype(a)::value>(y[j * ld + o]);
-  });
-}
-
 // A tile's sums run over contiguous stretches of x: one for a 1x1 convolution, one per row of taps for a staged band.
 struct PointwiseTile {
   const float* x;

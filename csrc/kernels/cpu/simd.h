@@ -1,4 +1,4 @@
-// Vector types, storage formats and activations. Included once per instruction set inside namespace LP_ISA, so that no
+// Vector types and storage formats. Included once per instruction set inside namespace LP_ISA, so that no
 // inline function compiled for a newer CPU can be merged by the linker into code that an older CPU runs.
 // (standard headers: isa.h)
 
@@ -128,82 +128,5 @@ static inline void from_acc(float v, f16& out) {
   } else {
     a += 0xc8000fffu + ((a >> 13) & 1u);
     out.bits = uint16_t(sign | (a >> 13));
-  }
-}
-
-// e^x to about 1 ulp (Cody-Waite reduction, degree 6), branch-free so that loops over it vectorise.
-static inline float exp_acc(float x) {
-  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const int32_t bits = (int32_t(n) + 127) << 23;
-  float scale;
-  memcpy(&scale, &bits, 4);
-  return p * scale;
-}
-static inline double exp_acc(double x) { return std::exp(x); }
-
-template <class T>
-static inline T sigmoid(T v) {
-  return v != v ? v : T(1) / (T(1) + exp_acc(-v));
-}
-
-template <Act A, class T>
-static inline T activate(T v) {
-  if constexpr (A == Act::relu) return v < T(0) ? T(0) : v;  // NaN passes through
-  if constexpr (A == Act::relu6) return v < T(0) ? T(0) : (v > T(6) ? T(6) : v);
-  if constexpr (A == Act::silu) return v * sigmoid(v);
-  if constexpr (A == Act::hardswish) {
-    const T u = v + T(3);
-    return v * (u < T(0) ? T(0) : (u > T(6) ? T(6) : u)) / T(6);
-  }
-  if constexpr (A == Act::gelu) return T(0.5) * v * (T(1) + std::erf(v * T(0.70710678118654752440)));
-  if constexpr (A == Act::sigmoid) return sigmoid(v);
-  return v;
-}
-
-// Derivative of the activation at `s`: the output for relu, relu6 and sigmoid, else the value before the activation.
-template <Act A, class T>
-static inline T activate_grad(T s) {
-  if constexpr (A == Act::relu) return s > T(0) ? T(1) : T(0);
-  if constexpr (A == Act::relu6) return s > T(0) && s < T(6) ? T(1) : T(0);
-  if constexpr (A == Act::silu) {
-    const T g = sigmoid(s);
-    return g * (T(1) + s * (T(1) - g));
-  }
-  if constexpr (A == Act::hardswish) return s <= T(-3) ? T(0) : (s < T(3) ? s / T(3) + T(0.5) : T(1));
-  if constexpr (A == Act::gelu) {
-    const T cdf = T(0.5) * (T(1) + std::erf(s * T(0.70710678118654752440)));
-    return cdf + s * T(0.39894228040143267794) * std::exp(T(-0.5) * s * s);
-  }
-  if constexpr (A == Act::sigmoid) return s * (T(1) - s);
-  return T(1);
-}
-
-// Calls f(integral constant) with the run-time activation.
-template <class F>
-static inline void with_act(Act act, F&& f) {
-  switch (act) {
-    case Act::relu:
-      return f(std::integral_constant<Act, Act::relu>());
-    case Act::relu6:
-      return f(std::integral_constant<Act, Act::relu6>());
-    case Act::silu:
-      return f(std::integral_constant<Act, Act::silu>());
-    case Act::hardswish:
-      return f(std::integral_constant<Act, Act::hardswish>());
-    case Act::gelu:
-      return f(std::integral_constant<Act, Act::gelu>());
-    case Act::sigmoid:
-      return f(std::integral_constant<Act, Act::sigmoid>());
-    default:
-      return f(std::integral_constant<Act, Act::none>());
   }
 }

@@ -220,7 +220,13 @@ static void act_grad(const ActGrad& p, const Env& env) {
       stage_band(saved, static_cast<const T*>(p.saved.data) + n * p.saved.n + r * p.saved.h, sv, 1, p.cols, one, all, p.channel,
                  p.channels, p.channels);
       with_act(p.act, [&](auto act) {
-        for (int64_t i = 0; i < row; ++i) out[i] *= activate_grad<decltype(act)::value>(saved[i]);
+        using V = typename Simd<T, LP_VECTOR_BYTES>::reg;
+        constexpr int64_t L = Simd<T, LP_VECTOR_BYTES>::lanes;
+        for (int64_t i = 0; i < row; i += L) {
+          const int64_t lanes = std::min(L, row - i);
+          const V grad = load_part<V>(out + i, lanes) * activate_grad<decltype(act)::value>(load_part<V>(saved + i, lanes));
+          store_part<V>(out + i, grad, lanes);
+        }
       });
     }
   });
