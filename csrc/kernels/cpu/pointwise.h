@@ -35,6 +35,66 @@ struct PointwiseTile {
   Clamp bounds;
 };
 
+#if defined(__AVX512F__)
+// The last panel holds up to 8 outputs: two inputs at a time fill a whole vector, lane by lane in turns, and the two halves are
+// added at the end. `Full`: with a panel of 16 before it.
+template <int Full, int MR, int... J>
+static inline __attribute__((always_inline)) void pointwise_pairs(const PointwiseTile& t, std::integer_sequence<int, J...>) {
+  using V = typename Simd<float, 64>::reg;
+  V acc[MR] = {}, tail[MR] = {};
+  const float *panel = t.weight, *narrow = t.weight + Full * t.panel_stride;
+  constexpr int bases = (MR + 2) / 3;
+  const float* base[bases];
+  const int64_t ld = t.ldx;
+  for (int j = 0; j < MR; ++j) __builtin_prefetch(t.y + j * t.ldy, 1);
+  typedef int Lanes __attribute__((vector_size(64)));
+  constexpr Lanes turns = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
+  const auto two = [](const float* p) __attribute__((always_inline)) {
+    double pair;
+    memcpy(&pair, p, 8);
+    return V(_mm512_castpd_ps(_mm512_set1_pd(pair)));
+  };
+  for (int r = 0; r < t.runs; ++r) {
+    for (int i = 0; i < bases; ++i) base[i] = t.x + t.run_at[r] + i * 3 * ld;
+    int64_t k = t.run_length[r];
+    for (; k >= 2; k -= 2) {
+      if constexpr (Full > 0) {
+        const V first = load<V>(panel), second = load<V>(panel + 16);
+        ((acc[J] += base[J / 3][J % 3 * ld] * first), ...);
+        ((acc[J] += base[J / 3][J % 3 * ld + 1] * second), ...);
+        panel += 32;
+      }
+      const V both = __builtin_shuffle(load<V>(narrow), turns);
+      ((tail[J] += two(base[J / 3] + J % 3 * ld) * both), ...);
+      narrow += 16;
+      for (int i = 0; i < bases; ++i) base[i] += 2;
+    }
+    if (k == 0) continue;
+    if constexpr (Full > 0) {
+      const V first = load<V>(panel);
+      ((acc[J] += base[J / 3][J % 3 * ld] * first), ...);
+      panel += 16;
+    }
+    const V both = __builtin_shuffle(load_panel<V, true>(narrow, true), turns);
+    ((tail[J] += base[J / 3][J % 3 * ld] * both), ...);
+    narrow += 8;
+  }
+  constexpr Lanes even = {0, 2, 4, 6, 8, 10, 12, 14}, odd = {1, 3, 5, 7, 9, 11, 13, 15};
+  const int64_t rest = t.count - 16 * Full;
+  const auto finish = [&](int j, int v, V value, const V& shift, int64_t lanes) __attribute__((always_inline)) {
+    value += shift;
+    if (t.residual) value += load_part<V>(t.residual + j * t.ldr + v, lanes);
+    store_part<V>(t.y + j * t.ldy + v, clamp(value, t.bounds.low, t.bounds.high), lanes);
+  };
+  const V shift = t.shift ? load_part<V>(t.shift + 16 * Full, rest) : V{};
+  if constexpr (Full > 0) {
+    const V first = t.shift ? load<V>(t.shift) : V{};
+    (finish(J, 0, acc[J], first, 16), ...);
+  }
+  (finish(J, 16 * Full, __builtin_shuffle(tail[J], even) + __builtin_shuffle(tail[J], odd), shift, rest), ...);
+}
+#endif
+
 template <int Bytes, int W, int P, bool Tail, int MR, int... I>
 static inline __attribute__((always_inline)) void pointwise_body(const PointwiseTile& t, std::integer_sequence<int, I...>) {
   using V = typename Simd<float, Bytes>::reg;
@@ -86,19 +146,34 @@ static void pointwise_tile(const PointwiseTile& t) {
   pointwise_body<Bytes, W, P, Tail, MR>(t, std::make_integer_sequence<int, MR * NV>());
 }
 
+#if defined(__AVX512F__)
+template <int Full, int MR>
+static void pointwise_pair_tile(const PointwiseTile& t) {
+  pointwise_pairs<Full, MR>(t, std::make_integer_sequence<int, MR>());
+}
+#endif
+
 struct PointwiseSet {
   int max;
-  PointwiseFn fn[15];
+  PointwiseFn fn[15], pairs[15];  // pairs: or nullptr
 };
 
 template <int W, int P, bool Tail, int MR>
 static void fill_pointwise(PointwiseSet& set) {
   constexpr int bytes = vector_bytes<float, W>(), limit = max_rows(W / Simd<float, bytes>::lanes * P);
   if constexpr (MR <= limit) {
-    if constexpr (MR == limit || MR % 2 == 0 || MR == 1) set.fn[MR] = pointwise_tile<bytes, W, P, Tail, MR>;
+    if constexpr (MR == limit || MR % 2 == 0 || MR == 1) {
+      set.fn[MR] = pointwise_tile<bytes, W, P, Tail, MR>;
+#if defined(__AVX512F__)
+      if constexpr (Tail || W == 8) set.pairs[MR] = pointwise_pair_tile<Tail, MR>;
+#endif
+    }
     set.max = MR;
     fill_pointwise<W, P, Tail, MR + 1>(set);
-    if (!set.fn[MR]) set.fn[MR] = set.fn[MR - 1];  // fewer rows: the last tile overlaps the one before
+    if (!set.fn[MR]) {  // fewer rows: the last tile overlaps the one before
+      set.fn[MR] = set.fn[MR - 1];
+      set.pairs[MR] = set.pairs[MR - 1];
+    }
   }
 }
 
@@ -120,12 +195,15 @@ static void pointwise_rows(PointwiseTile t, int64_t rows) {
   int64_t size = (rows + tiles - 1) / tiles;
   if (size % 2 == 1 && size > 1 && size < set.max) size += size + 1 <= rows ? 1 : -1;
   const PointwiseTile start = t;
+  // An odd input left over in every run would cost more than pairs save.
+  const bool pairs = set.pairs[size] && (t.runs == 1 || t.run_length[0] % 2 == 0);
+  const PointwiseFn fn = pairs ? set.pairs[size] : set.fn[size];
   for (int64_t done = 0; done < rows; done += size) {
     const int64_t row = std::min(done, rows - size);  // repeating a row gives the same values again
     t.x = start.x + row * t.ldx;
     t.y = start.y + row * t.ldy;
     if (t.residual) t.residual = start.residual + row * t.ldr;
-    set.fn[size](t);
+    fn(t);
   }
 }
 
