@@ -21,6 +21,7 @@ int64_t extent(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_
 }
 
 void check_place(const SegmentHeader& h, int64_t i, int64_t place, int64_t step, int64_t c, int64_t height, int64_t width) {
+  if (place == kInside) return check(step == 0, i, "a step inside");
   check(place >= 0 ? step >= c : step == c, i, "the step from pixel to pixel");
   if (place == kFromInput)
     check(c == h.x_c && height == h.x_h && width == h.x_w, i, "the input's shape");
@@ -33,7 +34,9 @@ void check_place(const SegmentHeader& h, int64_t i, int64_t place, int64_t step,
 
 void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::vector<Tensor>& tensors) {
   check(t.kind == kConv || t.kind == kMaxPool, i, "its kind");
-  check(t.in != kToOutput && t.out != kFromInput && t.residual != kToOutput && t.out != t.in, i, "its places");
+  check(t.in != kToOutput && t.out != kFromInput && t.residual != kToOutput && t.residual != kInside &&
+            (t.out != t.in || t.in == kInside),
+        i, "its places");
   check_place(h, i, t.in, t.in_step, t.channels, t.height, t.width);
   check_place(h, i, t.out, t.out_step, t.outputs, t.out_h, t.out_w);
   check(t.residual != kNone || t.residual_step == 0, i, "the step of its residual");
@@ -55,6 +58,32 @@ void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::ve
   t.tile = packed_tile(tensors[size_t(t.weight)].numel(), t.outputs, t.channels / t.groups, t.kh, t.kw, t.groups);
   check(t.tile >= 0, i, "the size of its weight");
   check(t.bias == kNone || tensors[size_t(t.bias)].numel() == t.outputs, i, "the size of its bias");
+}
+
+bool is_1x1(const SegmentStep& t) {
+  return t.kind == kConv && t.kh == 1 && t.kw == 1 && t.stride_h == 1 && t.stride_w == 1 && t.pad_h == 0 && t.pad_w == 0 &&
+         t.groups == 1;
+}
+bool is_depthwise_3x3(const SegmentStep& t) {
+  return t.kind == kConv && t.kh == 3 && t.kw == 3 && t.stride_h == t.stride_w && t.stride_h <= 2 && t.pad_h == 1 &&
+         t.pad_w == 1 && t.dil_h == 1 && t.dil_w == 1 && t.groups > 1 && t.groups == t.channels && t.channels == t.outputs;
+}
+
+// Maps inside join a depthwise convolution with the 1x1 ones around it, and nothing else.
+void check_inside(const std::vector<SegmentStep>& steps) {
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const SegmentStep& t = steps[i];
+    const SegmentStep* before = i > 0 ? &steps[i - 1] : nullptr;
+    check((t.in == kInside) == (before && before->out == kInside), int64_t(i), "a map inside has two ends");
+    if (t.in == kInside) {
+      check(t.channels == before->outputs && t.height == before->out_h && t.width == before->out_w, int64_t(i), "a map inside");
+      check(is_depthwise_3x3(*before) ? is_1x1(t) && t.out != kInside : is_depthwise_3x3(t) && t.out == kInside, int64_t(i),
+            "the layers that run depth first");
+    }
+    if (t.out == kInside)
+      check((is_1x1(t) || is_depthwise_3x3(t)) && t.residual == kNone && t.in != kFromInput, int64_t(i),
+            "a layer that runs depth first");
+  }
 }
 
 Tensor compact_segment(const Tensor& x, const std::vector<Tensor>& tensors, const Tensor& program) {
@@ -82,6 +111,7 @@ Tensor compact_segment(const Tensor& x, const std::vector<Tensor>& tensors, cons
   std::vector<SegmentStep> steps(size_t(h.steps), SegmentStep{});
   std::memcpy(steps.data(), numbers + head, steps.size() * sizeof(SegmentStep));
   for (int64_t i = 0; i < h.steps; ++i) check_step(h, steps[size_t(i)], i, tensors);
+  check_inside(steps);
   if (steps.back().out != kToOutput) fail(kOp, ": the last step of the program must write the output");
   const int64_t n = x.size(0);
   h.slice = std::min(h.slice, std::max<int64_t>(1, n));

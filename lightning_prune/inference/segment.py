@@ -17,7 +17,7 @@ from .rewrite import Rewrite
 #: fewer layers than this gain too little
 MIN_STEPS = 3
 # The program's numbers; csrc/kernels/cpu/segment.h has the same.
-_VERSION, _NONE, _INPUT, _OUTPUT = 2, -1, -2, -3
+_VERSION, _NONE, _INPUT, _OUTPUT, _INSIDE = 2, -1, -2, -3, -4
 _CONV, _MAX_POOL = 0, 1
 _ALIGN = 16  # floats
 _SMALL = 14 * 14  # pixels; one image has too few tiles of them to keep a weight busy
@@ -241,14 +241,21 @@ def _segment(network: fx.GraphModule, run: list[fx.Node]) -> CompactSegment:
         )
     graph.output(copies[run[-1]])
     layers = fx.GraphModule(root, graph, "Layers")
+    inside = _inside(network, run)
     last_reader = {a: i for i, node in enumerate(run) for a in node.all_input_nodes}
-    arena, places, widths = _Arena(), {source: _INPUT}, _steps(network, run)
+    for i in reversed(range(len(run) - 1)):
+        if run[i] in inside:  # what a layer reads is needed until those behind it are done
+            for a in run[i].all_input_nodes:
+                last_reader[a] = max(last_reader[a], last_reader[run[i]])
+    arena, places, widths = _Arena(), {source: _INPUT}, _steps(network, run, inside)
     steps: list[int] = []
     convolutions: list[str] = []
     for i, node in enumerate(run):
         channels, height, width = _known(node)
         if node is run[-1]:
             places[node] = _OUTPUT
+        elif node in inside:
+            places[node] = _INSIDE
         else:
             places[node] = arena.take(node, widths[node] * height * width)
         inputs = [a for a in node.args if isinstance(a, fx.Node)]
@@ -276,7 +283,47 @@ def _segment(network: fx.GraphModule, run: list[fx.Node]) -> CompactSegment:
     return CompactSegment(layers, convolutions, program, first)
 
 
-def _steps(network: fx.GraphModule, run: list[fx.Node]) -> dict[fx.Node, int]:
+def _inside(network: fx.GraphModule, run: list[fx.Node]) -> set[fx.Node]:
+    """Maps between a depthwise convolution and the 1x1 ones around it that need not be whole."""
+    import os
+    inside: set[fx.Node] = set()
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in run:
+        for a in node.all_input_nodes:
+            readers.setdefault(a, []).append(node)
+    for at, node in enumerate(run[1:-1], 1):
+        if not _is_depthwise(network, node) or readers[node] != [run[at + 1]]:
+            continue
+        _, height, width = _known(node)
+        if height * width < int(os.environ.get("DF", "196")):
+            continue
+        if not _is_1x1(network, run[at + 1]) or node.args[0] is not run[at - 1] or run[at+1].args[0] is not node:
+            continue
+        inside.add(node)
+        before = run[at - 1]
+        if at > 1 and _is_1x1(network, before) and len(before.args) == 1 and readers[before] == [node] and before.args[0] in set(run)-inside:
+            inside.add(before)
+    return inside
+
+
+def _is_1x1(network: fx.GraphModule, node: fx.Node) -> bool:
+    conv = network.get_submodule(str(node.target))
+    if not isinstance(conv, CompactConv2d):
+        return False
+    window = (*conv.weight_shape[2:], *conv.stride, *conv.padding, conv.groups)
+    return window == (1, 1, 1, 1, 0, 0, 1)
+
+
+def _is_depthwise(network: fx.GraphModule, node: fx.Node) -> bool:
+    conv = network.get_submodule(str(node.target))
+    if not isinstance(conv, CompactConv2d) or len(node.args) > 1:
+        return False
+    window = (*conv.weight_shape[1:], *conv.padding, *conv.dilation)
+    strides = (*conv.stride,)
+    return window == (1, 3, 3, 1, 1, 1, 1) and strides in ((1, 1), (2, 2)) and conv.groups == conv.weight_shape[0] > 1
+
+
+def _steps(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.Node]) -> dict[fx.Node, int]:
     """Floats from pixel to pixel of every map.
 
     Room behind the channels lets every pixel begin on a cache line (else on half of one, where that takes more than a
@@ -286,7 +333,7 @@ def _steps(network: fx.GraphModule, run: list[fx.Node]) -> dict[fx.Node, int]:
     for node in run[:-1]:
         if not _is_pool(node) and not any(_is_pool(user) for user in node.users):
             line, half = (-(-steps[node] // floats) * floats for floats in (_ALIGN, _ALIGN // 2))
-            steps[node] = line if 4 * line <= 5 * steps[node] else half
+            steps[node] = 0 if node in inside else line if 4 * line <= 5 * steps[node] else half
     return steps
 
 

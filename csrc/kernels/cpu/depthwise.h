@@ -184,36 +184,59 @@ static bool is_depthwise_rows(const TapConv& p) {
   return is_run(p.in_channel, channels) && is_run(p.out_channel, channels);
 }
 
+// Weights (tap, channel) and shift; with `channels` beyond `exact` a copy where the spare lanes are zero.
+struct DepthwiseWeights {
+  const float *weight, *shift;
+};
+static DepthwiseWeights depthwise_weights(const Env& env, const float* weight, const float* shift, int64_t exact,
+                                          int64_t channels) {
+  if (channels == exact) return {weight, shift};
+  float* padded = static_cast<float*>(env.alloc(env.owner, size_t(10 * channels) * 4));
+  memset(padded, 0, size_t(10 * channels) * 4);
+  for (int64_t tap = 0; tap < 9; ++tap) memcpy(padded + tap * channels, weight + tap * exact, size_t(exact) * 4);
+  if (shift) memcpy(padded + 9 * channels, shift, size_t(exact) * 4);
+  return {padded, padded + 9 * channels};
+}
+
+// `rows` rows, at most kDepthwiseRows; r says what `ahead` fetches.
+static void depthwise_rows(const DepthwiseRow& r, int64_t stride, int rows, int64_t channels, Ahead ahead) {
+  const auto run = [&](auto s, auto a) {
+    constexpr int Stride = decltype(s)::value;
+    constexpr Ahead A = decltype(a)::value;
+    rows == 1 ? depthwise_strip<LP_VECTOR_BYTES, Stride, 1, A>(r, channels)
+              : depthwise_strip<LP_VECTOR_BYTES, Stride, kDepthwiseRows, A>(r, channels);
+  };
+  const auto fetching = [&](auto s) {
+    if (ahead == Ahead::none) return run(s, std::integral_constant<Ahead, Ahead::none>());
+    if (ahead == Ahead::input) return run(s, std::integral_constant<Ahead, Ahead::input>());
+    run(s, std::integral_constant<Ahead, Ahead::both>());
+  };
+  stride == 1 ? fetching(std::integral_constant<int, 1>()) : fetching(std::integral_constant<int, 2>());
+}
+
 static bool depthwise(const TapConv& p, const Env& env) {
   if (!is_depthwise_rows(p)) return false;
   const int64_t exact = p.out_begin[1];
-  const auto floats = [&](int64_t count) { return static_cast<float*>(env.alloc(env.owner, size_t(count) * 4)); };
-  const float *weight = static_cast<const float*>(p.weight), *shift = static_cast<const float*>(p.shift);
   // Spare lanes are computed with weights of zero: whole vectors on whole cache lines.
   const int64_t channels = p.x_room && p.out_room ? round_up(exact, 8) : exact;
-  if (channels > exact) {
-    float* padded = floats(10 * channels);
-    memset(padded, 0, size_t(10 * channels) * 4);
-    for (int64_t tap = 0; tap < 9; ++tap) memcpy(padded + tap * channels, weight + tap * exact, size_t(exact) * 4);
-    if (shift) memcpy(padded + 9 * channels, shift, size_t(exact) * 4);
-    weight = padded;
-    shift = padded + 9 * channels;
-  }
-  float* zeros = floats(channels);
+  const DepthwiseWeights w =
+      depthwise_weights(env, static_cast<const float*>(p.weight), static_cast<const float*>(p.shift), exact, channels);
+  float* zeros = static_cast<float*>(env.alloc(env.owner, size_t(channels) * 4));
   memset(zeros, 0, size_t(channels) * 4);
   const int64_t wanted = env.threads > 1 ? 4 * env.threads : 1;
   const int64_t bands = std::min(p.rows, std::max<int64_t>(1, (wanted + p.n - 1) / std::max<int64_t>(1, p.n)));
   const Clamp bounds = clamp_of(p.act);
   const int64_t bytes = p.n * (p.height * p.width + p.rows * p.cols) * channels * 4;
+  const Ahead ahead = bytes <= kAheadInput ? Ahead::none : bytes <= kAheadBoth ? Ahead::input : Ahead::both;
   run_tasks(env, p.n * bands, [&](int, int64_t index) {
     const int64_t n = index / bands, band = index % bands;
     DepthwiseRow r{};
     r.pad = -p.tap_w[0];
     r.width = p.width;
     r.cols = p.cols;
-    r.weight = weight;
+    r.weight = w.weight;
     r.tap_stride = channels;
-    r.shift = shift;
+    r.shift = w.shift;
     r.residual_step = p.residual.w;
     r.residual_row = p.residual.h;
     r.out_step = p.out.w;
@@ -237,18 +260,7 @@ static bool depthwise(const TapConv& p, const Env& env) {
       r.ahead_in_row = more ? p.x.h : 0;
       r.ahead_in_step = more ? p.x.w : 0;
       r.ahead_out = more ? r.out + rows * p.out.h : r.out;
-      const auto run = [&](auto stride, auto ahead) {
-        constexpr int Stride = decltype(stride)::value;
-        constexpr Ahead A = decltype(ahead)::value;
-        rows == 1 ? depthwise_strip<LP_VECTOR_BYTES, Stride, 1, A>(r, channels)
-                  : depthwise_strip<LP_VECTOR_BYTES, Stride, kDepthwiseRows, A>(r, channels);
-      };
-      const auto fetching = [&](auto stride) {
-        if (bytes <= kAheadInput) return run(stride, std::integral_constant<Ahead, Ahead::none>());
-        if (bytes <= kAheadBoth) return run(stride, std::integral_constant<Ahead, Ahead::input>());
-        run(stride, std::integral_constant<Ahead, Ahead::both>());
-      };
-      p.step_h == 1 ? fetching(std::integral_constant<int, 1>()) : fetching(std::integral_constant<int, 2>());
+      depthwise_rows(r, p.step_h, rows, channels, ahead);
       if (!bounds.complete)
         for (int i = 0; i < rows; ++i) activate_rows(p.act, r.out + i * r.out_row, r.out_step, p.cols, channels);
       row += rows;

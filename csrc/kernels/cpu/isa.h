@@ -28,6 +28,7 @@ namespace LP_ISA {
 #include "tiles.h"
 #include "pointwise.h"
 #include "depthwise.h"
+#include "depth_first.h"
 #include "pool.h"
 #include "half_maps.h"
 #include "conv.h"
@@ -46,6 +47,7 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
                                    LP_ISA::winograd,
                                    LP_ISA::depthwise,
                                    LP_ISA::residual_rows,
+                                   LP_ISA::inverted_residual,
                                    {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
                                    {LP_ISA::act_grad<float>, LP_ISA::act_grad<double>},
                                    {LP_ISA::batch_norm_forward<float>, LP_ISA::batch_norm_forward<double>},

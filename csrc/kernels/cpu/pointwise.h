@@ -13,10 +13,13 @@ static Clamp clamp_of(Act act) {
 }
 
 template <class V>
+static inline __attribute__((always_inline)) V clamp(V v, V low, V high) {
+  v = v < low ? low : v;  // NaN passes through
+  return v > high ? high : v;
+}
+template <class V>
 static inline V clamp(V v, float low, float high) {
-  const V lo = V{} + low, hi = V{} + high;
-  v = v < lo ? lo : v;  // NaN passes through
-  return v > hi ? hi : v;
+  return clamp(v, V{} + low, V{} + high);
 }
 
 // A tile's sums run over contiguous stretches of x: one for a 1x1 convolution, one per row of taps for a staged band.
@@ -33,6 +36,7 @@ struct PointwiseTile {
   float* y;
   int64_t ldy, count;
   Clamp bounds;
+  bool near;  // y is in the cache
 };
 
 #if defined(__AVX512F__)
@@ -46,7 +50,8 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
   constexpr int bases = (MR + 2) / 3;
   const float* base[bases];
   const int64_t ld = t.ldx;
-  for (int j = 0; j < MR; ++j) __builtin_prefetch(t.y + j * t.ldy, 1);
+  if (!t.near)
+    for (int j = 0; j < MR; ++j) __builtin_prefetch(t.y + j * t.ldy, 1);
   typedef int Lanes __attribute__((vector_size(64)));
   constexpr Lanes turns = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
   const auto two = [](const float* p) __attribute__((always_inline)) {
@@ -80,15 +85,17 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
     narrow += 8;
   }
   constexpr Lanes even = {0, 2, 4, 6, 8, 10, 12, 14}, odd = {1, 3, 5, 7, 9, 11, 13, 15};
-  const int64_t rest = t.count - 16 * Full;
+  const PointwiseTile q = t;  // stores may alias anything behind a reference
+  const int64_t rest = q.count - 16 * Full;
+  const V low = V{} + q.bounds.low, high = V{} + q.bounds.high;
   const auto finish = [&](int j, int v, V value, const V& shift, int64_t lanes) __attribute__((always_inline)) {
     value += shift;
-    if (t.residual) value += load_part<V>(t.residual + j * t.ldr + v, lanes);
-    store_part<V>(t.y + j * t.ldy + v, clamp(value, t.bounds.low, t.bounds.high), lanes);
+    if (q.residual) value += load_part<V>(q.residual + j * q.ldr + v, lanes);
+    store_part<V>(q.y + j * q.ldy + v, clamp(value, low, high), lanes);
   };
-  const V shift = t.shift ? load_part<V>(t.shift + 16 * Full, rest) : V{};
+  const V shift = q.shift ? load_part<V>(q.shift + 16 * Full, rest) : V{};
   if constexpr (Full > 0) {
-    const V first = t.shift ? load<V>(t.shift) : V{};
+    const V first = q.shift ? load<V>(q.shift) : V{};
     (finish(J, 0, acc[J], first, 16), ...);
   }
   (finish(J, 16 * Full, __builtin_shuffle(tail[J], even) + __builtin_shuffle(tail[J], odd), shift, rest), ...);
@@ -107,7 +114,7 @@ static inline __attribute__((always_inline)) void pointwise_body(const Pointwise
   const float* base[bases];
   const int64_t ld = t.ldx;
   // The output lines arrive while the sums are computed.
-  for (int j = 0; j < MR; ++j) {
+  for (int j = 0; j < MR && !t.near; ++j) {
     __builtin_prefetch(t.y + j * t.ldy, 1);
     if constexpr (W * P > 16) __builtin_prefetch(t.y + j * t.ldy + 16, 1);
   }
@@ -121,21 +128,25 @@ static inline __attribute__((always_inline)) void pointwise_body(const Pointwise
       for (int i = 0; i < bases; ++i) ++base[i];
     }
   }
+  const PointwiseTile q = t;  // stores may alias anything behind a reference
   V shift[NV] = {};
-  if (t.shift)
+  if (q.shift)
     for (int v = 0; v < NV; ++v)
-      if (t.count > v * L) shift[v] = load_part<V>(t.shift + v * L, t.count - v * L);
-  const auto finish = [&](int j, int v, V value, auto whole) __attribute__((always_inline)) {
-    const int64_t lanes = decltype(whole)::value ? L : t.count - v * L;
+      if (q.count > v * L) shift[v] = load_part<V>(q.shift + v * L, q.count - v * L);
+  const V low = V{} + q.bounds.low, high = V{} + q.bounds.high;
+  const auto finish = [&](int j, int v, V value, auto whole, auto residual) __attribute__((always_inline)) {
+    const int64_t lanes = decltype(whole)::value ? L : q.count - v * L;
     if (lanes <= 0) return;
     value += shift[v];
-    if (t.residual) value += load_part<V>(t.residual + j * t.ldr + v * L, lanes);
-    store_part<V>(t.y + j * t.ldy + v * L, clamp(value, t.bounds.low, t.bounds.high), lanes);
+    if constexpr (decltype(residual)::value) value += load_part<V>(q.residual + j * q.ldr + v * L, lanes);
+    store_part<V>(q.y + j * q.ldy + v * L, clamp(value, low, high), lanes);
   };
-  if (t.count == W * P)
-    (finish(I / NV, I % NV, acc[I], std::true_type()), ...);
+  using Yes = std::true_type;
+  using No = std::false_type;
+  if (q.count == W * P)
+    q.residual ? (finish(I / NV, I % NV, acc[I], Yes(), Yes()), ...) : (finish(I / NV, I % NV, acc[I], Yes(), No()), ...);
   else
-    (finish(I / NV, I % NV, acc[I], std::false_type()), ...);
+    q.residual ? (finish(I / NV, I % NV, acc[I], No(), Yes()), ...) : (finish(I / NV, I % NV, acc[I], No(), No()), ...);
 }
 
 using PointwiseFn = void (*)(const PointwiseTile&);

@@ -108,6 +108,45 @@ void run_step(const Segment& s, const SegmentStep& t, const Buffers& b, int64_t 
   compact_forward_cpu(f, env);
 }
 
+InvertedResidual::Layer layer(const Segment& s, const SegmentStep& t) {
+  return {s.tensor[t.weight], t.bias == kNone ? nullptr : s.tensor[t.bias], Act(t.act)};
+}
+
+// Steps [first, last], joined by maps inside.
+void run_depth_first(const Segment& s, const SegmentStep* first, const SegmentStep* last, const Buffers& b, int64_t images,
+                     const Env& env) {
+  const SegmentStep& depthwise = last[-1];
+  InvertedResidual p{};
+  p.x = b.at(first->in, first->in_step, first->height, first->width);
+  p.x_room = has_room(first->in, first->in_step, first->channels);
+  p.out = b.at(last->out, last->out_step, last->out_h, last->out_w);
+  if (last->residual != kNone) p.residual = b.at(last->residual, last->residual_step, last->out_h, last->out_w);
+  p.n = images;
+  p.inputs = first->channels;
+  p.inner = depthwise.channels;
+  p.outputs = last->outputs;
+  p.height = depthwise.height;
+  p.width = depthwise.width;
+  p.rows = last->out_h;
+  p.cols = last->out_w;
+  p.stride = depthwise.stride_h;
+  if (first != &depthwise) p.expand = layer(s, *first);
+  p.depthwise = layer(s, depthwise);
+  p.project = layer(s, *last);
+  cpu_kernels().inverted_residual(p, env);
+}
+
+// Step i and those that it is joined with; the next one.
+int64_t run_steps(const Segment& s, int64_t i, const Buffers& b, int64_t images, const Env& env) {
+  const int64_t first = i;
+  while (s.step[i].out == kInside) ++i;
+  if (i == first)
+    run_step(s, s.step[i], b, images, env);
+  else
+    run_depth_first(s, s.step + first, s.step + i, b, images, env);
+  return i + 1;
+}
+
 }  // namespace
 
 void run_segment_cpu(const Segment& s, const Env& env) {
@@ -123,8 +162,8 @@ void run_segment_cpu(const Segment& s, const Env& env) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < slices;) {
       const Buffers b{s, memory + slot * per_slot, task * slice};
       const int64_t images = std::min(slice, s.n - b.first);
-      for (int64_t i = 0; i < s.header->steps; ++i) {
-        run_step(s, s.step[i], b, images, inner);
+      for (int64_t i = 0; i < s.header->steps;) {
+        i = run_steps(s, i, b, images, inner);
         scratch.reset();
       }
     }

@@ -74,6 +74,20 @@ struct MaxPool {
   int64_t n, channels, height, width, kh, kw, stride_h, stride_w, pad_h, pad_w, out_h, out_w;
 };
 
+// 1x1 (weight nullptr: none), depthwise 3x3 of padding 1, 1x1 on float32 maps of consecutive channels, whose rows of pixels
+// lie one behind the other. inputs == inner where the first is missing; x_room: then lanes behind x's channels up to a multiple of
+// 8 may be read.
+struct InvertedResidual {
+  struct Layer {
+    const float *weight, *shift;
+    Act act;
+  };
+  View x, out, residual;
+  int64_t n, inputs, inner, outputs, height, width, rows, cols, stride;
+  Layer expand, depthwise, project;
+  bool x_room;
+};
+
 // A map of a half type and its dense channels-last float32 copy.
 struct HalfMap {
   View half;
@@ -88,6 +102,7 @@ struct CpuKernels {
   void (*winograd)(const TapConv&, int tile, const Env&);  // float32, one group; see kTileCodes
   bool (*depthwise)(const TapConv&, const Env&);  // float32, one group, weight (tap, channel); false: not a case for it
   bool (*residual_rows)(const TapConv&, int64_t channels, const Env&);  // float32: out = act(residual), if it can
+  void (*inverted_residual)(const InvertedResidual&, const Env&);
   void (*weight_grad[2])(const TapWeightGrad&, const Env&);
   void (*act_grad[2])(const ActGrad&, const Env&);
   void (*batch_norm_forward[2])(const BatchNorm&, const Env&);
