@@ -164,6 +164,9 @@ static void pointwise_pair_tile(const PointwiseTile& t) {
 }
 #endif
 
+// Small tiles: one less or more of their rows counts.
+constexpr bool kEveryRow = LP_REGISTERS == 16;
+
 struct PointwiseSet {
   int max;
   PointwiseFn fn[15], pairs[15];  // pairs: or nullptr
@@ -173,7 +176,7 @@ template <int W, int P, bool Tail, int MR>
 static void fill_pointwise(PointwiseSet& set) {
   constexpr int bytes = vector_bytes<float, W>(), limit = max_rows(W / Simd<float, bytes>::lanes * P);
   if constexpr (MR <= limit) {
-    if constexpr (MR == limit || MR % 2 == 0 || MR == 1) {
+    if constexpr (kEveryRow || MR == limit || MR % 2 == 0 || MR == 1) {
       set.fn[MR] = pointwise_tile<bytes, W, P, Tail, MR>;
 #if defined(__AVX512F__)
       if constexpr (Tail || W == 8) set.pairs[MR] = pointwise_pair_tile<Tail, MR>;
@@ -204,7 +207,7 @@ static void pointwise_rows(PointwiseTile t, int64_t rows) {
   const PointwiseSet& set = pointwise_set<W, P, Tail>();
   const int64_t tiles = (rows + set.max - 1) / set.max;
   int64_t size = (rows + tiles - 1) / tiles;
-  if (size % 2 == 1 && size > 1 && size < set.max) size += size + 1 <= rows ? 1 : -1;
+  if (!kEveryRow && size % 2 == 1 && size > 1 && size < set.max) size += size + 1 <= rows ? 1 : -1;
   const PointwiseTile start = t;
   // An odd input left over in every run would cost more than pairs save.
   const bool pairs = set.pairs[size] && (t.runs == 1 || t.run_length[0] % 2 == 0);
