@@ -122,6 +122,8 @@ class _Arena:
 def in_segments(network: nn.Module, batch: int) -> list[nn.Module]:
     """The network with its runs of convolutions and max-pools as :class:`CompactSegment`, for several slices of the batch.
 
+    Inverted residuals run layer by layer or depth first, a few rows at a time through all their layers.
+
     Args:
         network: a GraphModule whose nodes know their shapes (``meta["seen"]``); not changed, its weights are shared.
         batch: images per call.
@@ -135,13 +137,19 @@ def in_segments(network: nn.Module, batch: int) -> list[nn.Module]:
     if not runs:
         return []
     slices = sorted({max(1, batch // parts) for parts in (1, 2, 4, 8)})
-    segments = [_segment(network, run) for run in runs]
-    found = [_replaced(network, runs, [s.with_slice(images) for s in segments]) for images in slices]
+    found: list[nn.Module] = []
+    inside = [_inside(network, run) for run in runs]
+    for depth_first in (False, True) if any(inside) else (False,):
+        segments = [
+            _segment(network, run, maps if depth_first else set())
+            for run, maps in zip(runs, inside, strict=True)
+        ]
+        found += [_replaced(network, runs, [s.with_slice(images) for s in segments]) for images in slices]
     # Large maps want few images, to stay in the cache; small ones want many, to share the weights.
     parts = [_cut(run) for run in runs]
     if batch > 1 and any(late for _, late in parts):
         runs = [part for pair in parts for part in pair if part]
-        segments = [_segment(network, run) for run in runs]
+        segments = [_segment(network, run, _inside(network, run)) for run in runs]
         late = [part is pair[1] for pair in parts for part in pair if part]
         for images in slices[:2]:
             chosen = [
@@ -228,7 +236,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _segment(network: fx.GraphModule, run: list[fx.Node]) -> CompactSegment:
+def _segment(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.Node]) -> CompactSegment:
     source = next(n for n in run[0].all_input_nodes if n not in run)
     graph = fx.Graph()
     copies = {source: graph.placeholder("x")}
@@ -241,7 +249,6 @@ def _segment(network: fx.GraphModule, run: list[fx.Node]) -> CompactSegment:
         )
     graph.output(copies[run[-1]])
     layers = fx.GraphModule(root, graph, "Layers")
-    inside = _inside(network, run)
     last_reader = {a: i for i, node in enumerate(run) for a in node.all_input_nodes}
     for i in reversed(range(len(run) - 1)):
         if run[i] in inside:  # what a layer reads is needed until those behind it are done
@@ -284,43 +291,46 @@ def _segment(network: fx.GraphModule, run: list[fx.Node]) -> CompactSegment:
 
 
 def _inside(network: fx.GraphModule, run: list[fx.Node]) -> set[fx.Node]:
-    """Maps between a depthwise convolution and the 1x1 ones around it that need not be whole."""
-    import os
+    """Maps that need not be whole: behind a depthwise convolution before a 1x1, and between a 1x1 and such a pair.
+
+    The innermost layers of small maps are left out: there a few rows are the whole map.
+    """
     inside: set[fx.Node] = set()
-    readers: dict[fx.Node, list[fx.Node]] = {}
-    for node in run:
-        for a in node.all_input_nodes:
-            readers.setdefault(a, []).append(node)
-    for at, node in enumerate(run[1:-1], 1):
-        if not _is_depthwise(network, node) or readers[node] != [run[at + 1]]:
-            continue
+    readers = {node: [later for later in run if node in later.all_input_nodes] for node in run}
+    for before, node, after in zip(run, run[1:], run[2:], strict=False):
         _, height, width = _known(node)
-        if height * width < int(os.environ.get("DF", "196")):
+        if not _is_depthwise(network, node) or readers[node] != [after] or height * width < _SMALL:
             continue
-        if not _is_1x1(network, run[at + 1]) or node.args[0] is not run[at - 1] or run[at+1].args[0] is not node:
+        if not _is_1x1(network, after) or after.args.index(node) != 0 or node in after.args[1:]:
+            continue
+        if node.args[0] is not before:
             continue
         inside.add(node)
-        before = run[at - 1]
-        if at > 1 and _is_1x1(network, before) and len(before.args) == 1 and readers[before] == [node] and before.args[0] in set(run)-inside:
+        expands = _is_1x1(network, before) and len(before.args) == 1 and readers[before] == [node]
+        if expands and before.args[0] in run and before.args[0] not in inside:
             inside.add(before)
     return inside
 
 
-def _is_1x1(network: fx.GraphModule, node: fx.Node) -> bool:
+def _convolution(network: fx.GraphModule, node: fx.Node) -> tuple[list[int], tuple[int, ...], int] | None:
+    """Shape of the weight; stride, padding and dilation; groups."""
     conv = network.get_submodule(str(node.target))
     if not isinstance(conv, CompactConv2d):
-        return False
-    window = (*conv.weight_shape[2:], *conv.stride, *conv.padding, conv.groups)
-    return window == (1, 1, 1, 1, 0, 0, 1)
+        return None
+    return conv.weight_shape, (*conv.stride, *conv.padding, *conv.dilation), conv.groups
+
+
+def _is_1x1(network: fx.GraphModule, node: fx.Node) -> bool:
+    found = _convolution(network, node)
+    return found is not None and found[0][2:] == [1, 1] and found[1][:4] == (1, 1, 0, 0) and found[2] == 1
 
 
 def _is_depthwise(network: fx.GraphModule, node: fx.Node) -> bool:
-    conv = network.get_submodule(str(node.target))
-    if not isinstance(conv, CompactConv2d) or len(node.args) > 1:
+    found = _convolution(network, node)
+    if found is None or len(node.args) > 1 or found[1][2:] != (1, 1, 1, 1):
         return False
-    window = (*conv.weight_shape[1:], *conv.padding, *conv.dilation)
-    strides = (*conv.stride,)
-    return window == (1, 3, 3, 1, 1, 1, 1) and strides in ((1, 1), (2, 2)) and conv.groups == conv.weight_shape[0] > 1
+    shape, window, groups = found
+    return shape[1:] == [1, 3, 3] and shape[0] == groups > 1 and window[:2] in ((1, 1), (2, 2))
 
 
 def _steps(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.Node]) -> dict[fx.Node, int]:

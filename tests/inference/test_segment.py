@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_prune import ops, optimize_for_inference
 from lightning_prune.inference import optimize
+from lightning_prune.inference import segment as segment_module
 from lightning_prune.inference.segment import CompactSegment
 from lightning_prune.inference.symbolic import SymbolicBlueprint
 
@@ -263,6 +264,90 @@ def test_large_and_small_maps_may_go_through_in_other_slices() -> None:
     assert [len(s._names) for s in segments(found[-1])] == [3, 2]
     for network in found:
         assert error(network, model, x) < 2e-6
+
+
+class Inverted(nn.Module):
+    """Inverted residuals with and without expansion and sum, behind an ordinary convolution."""
+
+    def __init__(self, widths: list[int], stride: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        first, inner, last = widths
+        self.stem = nn.Sequential(*unit(3, first), nn.ReLU())
+        self.plain = nn.Sequential(*unit(first, first, 3, 1, first), activation(), *unit(first, last, 1))
+        self.down = nn.Sequential(
+            *unit(last, inner, 1), activation(), *unit(inner, inner, 3, stride, inner), activation(),
+            *unit(inner, last, 1), nn.ReLU(),
+        )  # fmt: skip
+        self.body = nn.Sequential(
+            *unit(last, inner, 1), activation(), *unit(inner, inner, 3, 1, inner), activation(), *unit(inner, last, 1)
+        )  # fmt: skip
+        self.last = nn.Sequential(*unit(last, 5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.plain(self.stem(x)))
+        y: Tensor = self.last(self.body(x) + x)
+        return y
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    widths=st.lists(st.integers(2, 70), min_size=3, max_size=3),
+    stride=st.integers(1, 2),
+    activation=st.sampled_from([nn.ReLU6, nn.Hardswish, nn.Identity]),
+    size=st.tuples(st.integers(1, 33), st.integers(1, 33)),
+    batch=st.integers(1, 3),
+    threads=st.integers(1, 3),
+)
+def test_depth_first_is_the_same(
+    widths: list[int],
+    stride: int,
+    activation: type[nn.Module],
+    size: tuple[int, int],
+    batch: int,
+    threads: int,
+) -> None:
+    model, x = Inverted(widths, stride, activation).eval(), torch.randn(batch, 3, *size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment_module, "_SMALL", 1)
+        found = segmented(model, x)
+    inside = [sum(int((s.program[10:].view(-1, 26)[:, 2] == -4).sum()) for s in segments(n)) for n in found]
+    assert inside[0] == 0
+    assert inside[len(found) // 2] >= 3
+    try:
+        torch.set_num_threads(threads)
+        for network in found:
+            with torch.no_grad():
+                network(torch.full_like(x, torch.nan))
+            assert error(network, model, x) < 2e-6
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_depth_first_needs_no_room_for_wide_maps() -> None:
+    model = Inverted([16, 96, 16], 1, nn.ReLU6).eval()
+    plain, depth_first = (segments(n)[0] for n in segmented(model, torch.randn(1, 3, 40, 40)))
+    assert int(depth_first.program[8]) * 2 < int(plain.program[8])  # floats of the arena
+
+
+@pytest.mark.parametrize("layer", range(8))
+@pytest.mark.parametrize("what", ["in", "out", "residual", "kernel", "groups"])
+def test_maps_inside_join_nothing_else(layer: int, what: str) -> None:
+    model, x = Inverted([16, 24, 16], 1, nn.ReLU6).eval(), torch.randn(1, 3, 14, 14)
+    segment = segments(segmented(model, x)[1])[0]
+    steps = segment.program[10:].view(-1, 26)[1:9]
+    assert steps[:, 2].tolist() == [-4, steps[1, 2], -4, -4, steps[4, 2], -4, -4, steps[7, 2]]
+    step, joined = steps[layer], {"in": int(steps[layer, 1]) == -4, "out": int(steps[layer, 2]) == -4}
+    if what in joined:
+        at, apart = (1, 22) if what == "in" else (2, 23)
+        step[at], step[apart] = (0, 32) if joined[what] else (-4, 0)
+    elif what == "residual":
+        step[3], step[24] = -4, 0
+    elif what == "kernel":
+        step[13] += 2
+    else:
+        step[21] = 2
+    with pytest.raises(RuntimeError, match="program is damaged"):
+        segment(x)
 
 
 def test_hooks_and_dispatch_modes_see_every_layer() -> None:

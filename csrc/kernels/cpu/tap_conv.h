@@ -75,8 +75,8 @@ struct MaxPool {
 };
 
 // 1x1 (weight nullptr: none), depthwise 3x3 of padding 1, 1x1 on float32 maps of consecutive channels, whose rows of pixels
-// lie one behind the other. inputs == inner where the first is missing; x_room: then lanes behind x's channels up to a multiple of
-// 8 may be read.
+// lie one behind the other. inputs == inner where the first is missing; x_room: then lanes behind x's channels up to a multiple
+// of 8 may be read.
 struct InvertedResidual {
   struct Layer {
     const float *weight, *shift;
