@@ -59,6 +59,10 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
     memcpy(&pair, p, 8);
     return V(_mm512_castpd_ps(_mm512_set1_pd(pair)));
   };
+  // Zero in the odd lanes, where an infinite input would meet weights of zero.
+  const auto one = [](const float* p) __attribute__((always_inline)) {
+    return V(_mm512_castpd_ps(_mm512_set1_pd(_mm_cvtsd_f64(_mm_castps_pd(_mm_load_ss(p))))));
+  };
   for (int r = 0; r < t.runs; ++r) {
     for (int i = 0; i < bases; ++i) base[i] = t.x + t.run_at[r] + i * 3 * ld;
     int64_t k = t.run_length[r];
@@ -81,7 +85,7 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
       panel += 16;
     }
     const V both = __builtin_shuffle(load_panel<V, true>(narrow, true), turns);
-    ((tail[J] += base[J / 3][J % 3 * ld] * both), ...);
+    ((tail[J] += one(base[J / 3] + J % 3 * ld) * both), ...);
     narrow += 8;
   }
   constexpr Lanes even = {0, 2, 4, 6, 8, 10, 12, 14}, odd = {1, 3, 5, 7, 9, 11, 13, 15};
