@@ -113,9 +113,9 @@ struct MaskedForward {
   View weight;  // (o, c, kh, kw)
   const void* bias;
   const void* gate;
-  const void* in_gate;  // multiplies the inputs, or nullptr; CPU
+  const void* in_gate;  // multiplies the inputs, or nullptr
   IndexList live_in, live_out;
-  bool compact_maps;  // x and y hold live channels only; CPU
+  bool compact_maps;  // x and y hold live channels only
   Act act;
   Algorithm algorithm;
 };

@@ -33,7 +33,6 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std
   if (weight.is_cuda() != x.is_cuda()) fail(op, ": weight must be on the same device as x");
   Arguments a;
   const auto sizes = weight.sizes();
-  if (compact_maps && x.is_cuda()) fail(op, ": compact_maps runs on the CPU");
   const bool other_inputs = compact_maps && live_in && weight.dim() == 4;
   a.shape = conv_shape(op, x, Sizes(sizes.data(), sizes.data() + sizes.size()), stride, padding, dilation, groups,
                        other_inputs   ? weight.size(1) * groups
@@ -41,8 +40,9 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std
                                       : 0);
   if (bias) a.bias = vector_argument(op, "bias", *bias, a.shape.outputs, x);
   if (gate) a.gate = vector_argument(op, "gate", *gate, a.shape.outputs, x);
-  if (in_gate && x.is_cuda()) fail(op, ": in_gate runs on the CPU; multiply the weight by it");
   if (in_gate) {
+    if (in_gate->is_cuda() != x.is_cuda())
+      fail(op, ": in_gate must be on the same device as x; move it with in_gate.to(x.device)");
     if (in_gate->dim() != 1 || in_gate->size(0) != a.shape.channels || in_gate->scalar_type() != x.scalar_type())
       fail(op, ": in_gate must be ", dtype_name(x.scalar_type()), " of shape (", a.shape.channels,
            "), one value per input channel; got ", dtype_name(in_gate->scalar_type()), " of shape ", show_shape(*in_gate));

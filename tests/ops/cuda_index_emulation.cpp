@@ -29,7 +29,7 @@ lp::View view(double* data, const int64_t* strides) { return {data, strides[0], 
 // shape: the 17 fields of ConvShape in order. Strides: four numbers per tensor. Null pointers mean None.
 extern "C" void emulate_forward(const int64_t* shape, double* x, const int64_t* xs, double* w, const int64_t* ws, double* y,
                                 const int64_t* ys, const double* bias, const double* gate, const int64_t* live_in, int64_t ins,
-                                const int64_t* live_out, int64_t outs, int act) {
+                                const int64_t* live_out, int64_t outs, int act, const double* in_gate, int compact_maps) {
   lp::MaskedForward f{};
   f.shape = *reinterpret_cast<const lp::ConvShape*>(shape);
   f.dtype = lp::DType::f64;
@@ -41,13 +41,16 @@ extern "C" void emulate_forward(const int64_t* shape, double* x, const int64_t* 
   f.live_in = {live_in, ins};
   f.live_out = {live_out, outs};
   f.act = lp::Act(act);
+  f.in_gate = in_gate;
+  f.compact_maps = compact_maps;
   run(lp::cuda::MaskedForwardProblem<double>{f}, f.shape.groups);
 }
 
 extern "C" void emulate_backward(const int64_t* shape, double* gy, const int64_t* gys, double* saved, double* x,
                                  const int64_t* xs, double* w, const int64_t* ws, const double* bias, const double* gate,
                                  const int64_t* live_in, int64_t ins, const int64_t* live_out, int64_t outs, int act,
-                                 double* gx, double* gw, double* gb, double* gg) {
+                                 double* gx, double* gw, double* gb, double* gg, const double* in_gate, int compact_maps,
+                                 double* gig) {
   lp::MaskedBackward f{};
   f.shape = *reinterpret_cast<const lp::ConvShape*>(shape);
   f.dtype = lp::DType::f64;
@@ -64,6 +67,8 @@ extern "C" void emulate_backward(const int64_t* shape, double* gy, const int64_t
   f.grad_weight = gw;
   f.grad_bias = bias ? gb : nullptr;
   f.grad_gate = gate ? gg : nullptr;
+  f.in_gate = in_gate;
+  f.compact_maps = compact_maps;
   run(lp::cuda::InputGradProblem<double>{f}, f.shape.groups);
   std::vector<double> raw(size_t(f.shape.outputs * (f.shape.channels / f.shape.groups) * f.shape.kh * f.shape.kw));
   run(lp::cuda::WeightGradProblem<double>{f, raw.data()}, f.shape.groups);
@@ -73,11 +78,13 @@ extern "C" void emulate_backward(const int64_t* shape, double* gy, const int64_t
     double grad = 0, gate_sum = 0;
     for (int64_t k = 0; k < f.shape.n * f.shape.out_h * f.shape.out_w; ++k) {
       const lp::cuda::Row r = lp::cuda::pixel_of(k, f.shape.out_h, f.shape.out_w);
-      grad += lp::cuda::output_grad<double>(f, r.n, o, r.h, r.w);
+      grad += finish.output(r, i);
     }
     for (int64_t j = 0; j < finish.per_output(); ++j) gate_sum += finish.weight(o, j);
     finish.finish(o, grad, gate_sum);
   }
+  for (int64_t i = 0; in_gate && i < ins; ++i)
+    for (int64_t j = 0; j < finish.per_input(); ++j) gig[f.live_in[i]] += finish.input(f.live_in[i], j);
 }
 
 extern "C" void emulate_compact(const int64_t* shape, double* x, const int64_t* xs, const double* packed, const double* bias,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lightning_prune import ops
 from lightning_prune.ops import reference, reference_norm
 from tests.ops.conv_cases import TOLERANCE, ConvCase, conv_cases, error
+from tests.ops.test_cuda_index_emulation import part
 
 OP = torch.ops.lightning_prune
 RELAXED = settings(
@@ -21,28 +22,12 @@ RELAXED = settings(
 SMOOTH = ["none", "silu", "gelu", "sigmoid"]
 
 
-@pytest.fixture
-def cpu(target: torch.device) -> torch.device:
-    if target.type == "cuda":
-        pytest.skip("compact maps are the CPU's")
-    return target
-
-
-def part(t: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    """Live channels of a map, in its memory format."""
-    if live is None:
-        return t
-    last = not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
-    small = t.index_select(1, live)
-    return small.contiguous(memory_format=torch.channels_last) if last else small
-
-
 @given(case=conv_cases(), algorithm=st.sampled_from(["auto", "direct"]), in_gated=st.booleans())
 @RELAXED
-def test_convolution(cpu: torch.device, case: ConvCase, algorithm: str, in_gated: bool) -> None:
+def test_convolution(target: torch.device, case: ConvCase, algorithm: str, in_gated: bool) -> None:
     case.activation = case.activation if case.activation in SMOOTH else "none"
-    x, weight, bias, gate, live_in, live_out = case.tensors(cpu)
-    in_gate = case.randn(case.inputs) if in_gated else None
+    x, weight, bias, gate, live_in, live_out = case.tensors(target)
+    in_gate = case.randn(case.inputs).to(target) if in_gated else None
     wide = [
         None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias, gate, in_gate)
     ]
@@ -50,7 +35,7 @@ def test_convolution(cpu: torch.device, case: ConvCase, algorithm: str, in_gated
     expected = reference.masked_conv2d(
         wide[0] if factors is None else wide[0] * factors, *wide[1:4], live_in, live_out, *case.settings
     )
-    grad_y = case.randn(*expected.shape)
+    grad_y = case.randn(*expected.shape).to(target)
     wanted = torch.autograd.grad(
         expected, [t for t in wide if t is not None], grad_y.double(), allow_unused=True
     )
@@ -66,7 +51,7 @@ def test_convolution(cpu: torch.device, case: ConvCase, algorithm: str, in_gated
     present = [t for t in leaves if t is not None]
     found = torch.autograd.grad(y, present, part(grad_y, live_out))
     for leaf, a, b in zip(present, found, wanted, strict=True):
-        b = torch.zeros(a.shape, dtype=torch.float64) if b is None else b
+        b = torch.zeros(a.shape, dtype=torch.float64, device=target) if b is None else b
         assert a.shape == leaf.shape
         assert (
             error(a, part(b, live_in) if leaf is leaves[0] and b.shape != a.shape else b)
@@ -85,7 +70,7 @@ def test_convolution(cpu: torch.device, case: ConvCase, algorithm: str, in_gated
 )
 @RELAXED
 def test_norm(
-    cpu: torch.device,
+    target: torch.device,
     data: st.DataObject,
     dtype: torch.dtype,
     channels: int,
@@ -95,10 +80,10 @@ def test_norm(
     last: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-    live = torch.tensor(sorted(data.draw(st.sets(st.integers(0, channels - 1), min_size=1))))
+    live = torch.tensor(sorted(data.draw(st.sets(st.integers(0, channels - 1), min_size=1))), device=target)
 
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype)
+        return torch.randn(*shape, generator=generator, dtype=dtype).to(target)
 
     x, grad = randn(batch, channels, *size) + 2, randn(batch, channels, *size)
     if last:
@@ -131,11 +116,11 @@ def test_norm(
 
 
 @pytest.mark.parametrize("groups", [1, 6])
-def test_convolution_opcheck_and_gradcheck(cpu: torch.device, groups: int) -> None:
-    live = torch.tensor([0, 2, 3, 5])
-    x = torch.randn(2, 4, 5, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, 6 // groups, 3, 3, dtype=torch.float64, requires_grad=True)
-    bias, in_gate = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+def test_convolution_opcheck_and_gradcheck(target: torch.device, groups: int) -> None:
+    live = torch.tensor([0, 2, 3, 5], device=target)
+    x = torch.randn(2, 4, 5, 4, dtype=torch.float64, device=target, requires_grad=True)
+    weight = torch.randn(6, 6 // groups, 3, 3, dtype=torch.float64, device=target, requires_grad=True)
+    bias, in_gate = (torch.randn(6, dtype=torch.float64, device=target, requires_grad=True) for _ in range(2))
     shared = (None, live, live, [1, 2], [1, 0], [1, 1], groups, "silu", "auto")
     torch.library.opcheck(OP.masked_conv2d, (x, weight, bias, *shared, in_gate, True))
     assert torch.autograd.gradcheck(
@@ -162,17 +147,22 @@ def test_convolution_opcheck_and_gradcheck(cpu: torch.device, groups: int) -> No
     )
 
 
-def test_norm_opcheck_and_gradcheck(cpu: torch.device) -> None:
-    live = torch.tensor([1, 2, 4])
-    x = torch.randn(3, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    weight, bias, gate = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(3))
+def test_norm_opcheck_and_gradcheck(target: torch.device) -> None:
+    live = torch.tensor([1, 2, 4], device=target)
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64, device=target, requires_grad=True)
+    weight, bias, gate = (
+        torch.randn(6, dtype=torch.float64, device=target, requires_grad=True) for _ in range(3)
+    )
     shared = (None, None, live, 1e-3, "sigmoid", 6)
     torch.library.opcheck(OP.masked_batch_norm_act, (x, None, weight, bias, gate, *shared))
     assert torch.autograd.gradcheck(
         lambda *t: OP.masked_batch_norm_act(t[0], None, *t[1:], *shared)[0], (x, weight, bias, gate)
     )
     plain = [t.detach() for t in (weight, bias, gate)]
-    moments = (torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64))
+    moments = (
+        torch.zeros(6, dtype=torch.float64, device=target),
+        torch.ones(6, dtype=torch.float64, device=target),
+    )
     torch.library.opcheck(
         OP.masked_batch_norm_act_backward,
         (torch.ones_like(x.detach()), x.detach(), None, *plain, *moments, live, True, 1e-3, "sigmoid",
@@ -180,15 +170,14 @@ def test_norm_opcheck_and_gradcheck(cpu: torch.device) -> None:
     )  # fmt: skip
 
 
-def test_bad_arguments_name_expected_and_actual(cpu: torch.device) -> None:
-    live = torch.tensor([0, 2])
+def test_bad_arguments_name_expected_and_actual(target: torch.device) -> None:
+    live = torch.tensor([0, 2], device=target)
     with pytest.raises(RuntimeError, match=r"one channel for each of live_in, 2; got shape \(1, 3, 4, 4\)"):
-        OP.masked_conv2d(
-            torch.ones(1, 3, 4, 4), torch.ones(2, 3, 1, 1), None, None, live, None, [1, 1], [0, 0], [1, 1], 1,
-            "none", "auto", None, True,
-        )  # fmt: skip
+        x, weight = torch.ones(1, 3, 4, 4, device=target), torch.ones(2, 3, 1, 1, device=target)
+        settings_ = ([1, 1], [0, 0], [1, 1], 1, "none", "auto")
+        OP.masked_conv2d(x, weight, None, None, live, None, *settings_, None, True)
     with pytest.raises(RuntimeError, match=r"one channel for each of live; got x of shape \(1, 3, 4, 4\)"):
         OP.masked_batch_norm_act(
-            torch.ones(1, 3, 4, 4), None, None, None, None, None, None, live, 1e-3, "none", 6
+            torch.ones(1, 3, 4, 4, device=target), None, None, None, None, None, None, live, 1e-3, "none", 6
         )
     assert ops.extension_available()

@@ -99,36 +99,53 @@ def index(values: torch.Tensor | None, count: int) -> tuple[ctypes.c_void_p, cty
     return pointer(values), ctypes.c_int64(count if values is None else len(values))
 
 
-@given(case=conv_cases((torch.float64,)))
-@settings(max_examples=60, deadline=None)
-def test_masked_forward_and_backward(emulator: ctypes.CDLL, case: ConvCase) -> None:
+def part(t: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """Live channels of a map, in its memory format."""
+    if live is None:
+        return t
+    last = not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+    small = t.index_select(1, live)
+    return small.contiguous(memory_format=torch.channels_last) if last else small
+
+
+@given(case=conv_cases((torch.float64,)), compact=st.booleans(), in_gated=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_masked_forward_and_backward(
+    emulator: ctypes.CDLL, case: ConvCase, compact: bool, in_gated: bool
+) -> None:
     x, weight, bias, gate, live_in, live_out = case.tensors(CPU)
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, gate)]
-    expected = reference.masked_conv2d(*leaves, live_in, live_out, *case.settings)
+    in_gate = case.randn(case.inputs) if in_gated else None
+    leaves = [
+        None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, gate, in_gate)
+    ]
+    entered = leaves[0] if leaves[4] is None else leaves[0] * leaves[4][:, None, None]
+    expected = reference.masked_conv2d(entered, *leaves[1:4], live_in, live_out, *case.settings)
+    grad_y = case.randn(*expected.shape)
+    wanted = [t for t in leaves if t is not None]
+    grads = iter(torch.autograd.grad(expected, wanted, grad_y, allow_unused=True))
+    saved = expected.detach()
+    if case.activation not in ("relu", "relu6", "sigmoid"):
+        before = (*case.settings[:-1], "none")
+        saved = reference.masked_conv2d(entered.detach(), weight, bias, gate, live_in, live_out, *before)
+    if compact:  # maps of live channels only; lists, weight and vectors stay as they are
+        x, expected = part(x, live_in), part(expected, live_out)
+        grad_y, saved = part(grad_y, live_out), part(saved, live_out)
     shape, number = shape_of(case, x, expected), ctypes.c_int(ACTIVATION_NUMBER[case.activation])
     lists = (*index(live_in, case.inputs), *index(live_out, case.outputs))
     y = torch.zeros_like(expected).detach()
     x_and_w = (pointer(x), strides(x), pointer(weight), strides(weight))
+    maps = (pointer(in_gate), ctypes.c_int(compact))
     emulator.emulate_forward(
-        shape, *x_and_w, pointer(y), strides(y), pointer(bias), pointer(gate), *lists, number
+        shape, *x_and_w, pointer(y), strides(y), pointer(bias), pointer(gate), *lists, number, *maps
     )
     assert error(y, expected) < TOLERANCE[torch.float64]
 
-    grad_y = case.randn(*expected.shape)
-    wanted = [t for t in leaves if t is not None]
-    grads = iter(torch.autograd.grad(expected, wanted, grad_y, allow_unused=True))
-    saved = y
-    if case.activation not in ("relu", "relu6", "sigmoid"):
-        settings_before = (*case.settings[:-1], "none")
-        saved = reference.masked_conv2d(x, weight, bias, gate, live_in, live_out, *settings_before)
     # One stride argument serves both: the reference keeps a channels_last layout, the drawn gradient has none.
-    saved = saved.contiguous()
+    saved, grad_y = saved.contiguous(), grad_y.contiguous()
     grad_x = torch.empty_strided(x.shape, x.stride(), dtype=torch.float64).zero_()
-    grad_w, grad_b, grad_g = (
-        torch.zeros_like(weight),
-        torch.zeros(case.outputs).double(),
-        torch.zeros(case.outputs).double(),
-    )
+    grad_w = torch.zeros_like(weight)
+    grad_b, grad_g = (torch.zeros(case.outputs).double() for _ in range(2))
+    grad_ig = torch.zeros(case.inputs).double()
     emulator.emulate_backward(
         shape,
         pointer(grad_y),
@@ -140,11 +157,15 @@ def test_masked_forward_and_backward(emulator: ctypes.CDLL, case: ConvCase) -> N
         *lists,
         number,
         *(pointer(t) for t in (grad_x, grad_w, grad_b, grad_g)),
+        *maps,
+        pointer(grad_ig),
     )
-    for leaf, result in zip(leaves, (grad_x, grad_w, grad_b, grad_g), strict=True):
+    for leaf, result in zip(leaves, (grad_x, grad_w, grad_b, grad_g, grad_ig), strict=True):
         if leaf is not None:
             grad = next(grads)
-            assert error(result, torch.zeros_like(leaf) if grad is None else grad) < TOLERANCE[torch.float64]
+            grad = torch.zeros_like(leaf) if grad is None else grad
+            grad = part(grad, live_in) if compact and leaf is leaves[0] else grad
+            assert error(result, grad) < TOLERANCE[torch.float64]
 
 
 @given(case=conv_cases((torch.float64,)), outside=st.sampled_from([None, -1, 10**9]))

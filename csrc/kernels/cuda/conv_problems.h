@@ -93,10 +93,10 @@ struct Group {
   int64_t index, in_begin, in_count, out_begin, out_count;
 };
 struct Row {
-  int64_t n, h, w;  // pixel; or, in the weight gradient, n = output channel
+  int64_t n, h, w;  // pixel; or, in the weight gradient, n = output channel, h = its place in the maps
 };
 struct Depth {
-  int64_t channel, kh, kw, local;  // or, in the weight gradient, (n, h, w) of the pixel
+  int64_t channel, kh, kw, local;  // local: place in the maps or the weight; or, in the weight gradient, (n, h, w) of the pixel
 };
 
 LP_HD Group group_of(const ConvShape& s, const IndexList& in, const IndexList& out, int64_t g) {
@@ -111,6 +111,19 @@ LP_HD Group group_of(const ConvShape& s, const IndexList& in, const IndexList& o
 }
 
 LP_HD bool valid(int64_t channel, int64_t channels) { return channel >= 0 && channel < channels; }
+
+// Where the channel at a position of a list is in the maps: compact ones hold these channels alone.
+template <class F>
+LP_HD int64_t map_channel(const F& f, const IndexList& list, int64_t position) {
+  return f.compact_maps ? position : list[position];
+}
+
+// A weight with the factor of its input, if there is one.
+template <class T, class F>
+LP_HD T weight_at(const F& f, int64_t o, int64_t c, int64_t kh, int64_t kw) {
+  const T w = static_cast<const T*>(f.weight.data)[at(f.weight, o, c % (f.shape.channels / f.shape.groups), kh, kw)];
+  return f.in_gate ? w * static_cast<const T*>(f.in_gate)[c] : w;
+}
 
 // x at the position that output pixel (row) reads through tap (kh, kw); zero outside.
 template <class T, class S>
@@ -134,23 +147,24 @@ struct MaskedForwardProblem {
   LP_HD int64_t depth(const Group& g) const { return g.in_count * f.shape.kh * f.shape.kw; }
   LP_HD Row row(const Group&, int64_t m) const { return pixel_of(m, f.shape.out_h, f.shape.out_w); }
   LP_HD Depth at_depth(const Group& g, int64_t k) const {
-    const int64_t tap = k / g.in_count;
-    return Depth{f.live_in[g.in_begin + k % g.in_count], tap / f.shape.kw, tap % f.shape.kw, 0};
+    const int64_t tap = k / g.in_count, position = g.in_begin + k % g.in_count;
+    return Depth{f.live_in[position], tap / f.shape.kw, tap % f.shape.kw, map_channel(f, f.live_in, position)};
   }
   LP_HD T a(const Group&, const Row& r, const Depth& d) const {
-    return valid(d.channel, f.shape.channels) ? input_at<T, T>(f.shape, f.x, d.channel, r, d.kh, d.kw) : T(0);
+    return valid(d.channel, f.shape.channels) ? input_at<T, T>(f.shape, f.x, d.local, r, d.kh, d.kw) : T(0);
   }
   LP_HD T b(const Group& g, const Depth& d, int64_t col) const {
     const int64_t o = f.live_out[g.out_begin + col];
     if (!valid(o, f.shape.outputs) || !valid(d.channel, f.shape.channels)) return T(0);
-    return static_cast<const T*>(f.weight.data)[at(f.weight, o, d.channel % (f.shape.channels / f.shape.groups), d.kh, d.kw)];
+    return weight_at<T>(f, o, d.channel, d.kh, d.kw);
   }
   LP_HD void store(const Group& g, const Row& r, int64_t col, T sum) const {
     const int64_t o = f.live_out[g.out_begin + col];
     if (!valid(o, f.shape.outputs)) return;
     if (f.bias) sum += static_cast<const T*>(f.bias)[o];
     if (f.gate) sum *= static_cast<const T*>(f.gate)[o];
-    static_cast<T*>(f.y.data)[at(f.y, r.n, o, r.h, r.w)] = activate(f.act, sum);
+    const int64_t place = map_channel(f, f.live_out, g.out_begin + col);
+    static_cast<T*>(f.y.data)[at(f.y, r.n, place, r.h, r.w)] = activate(f.act, sum);
   }
 };
 
@@ -186,7 +200,7 @@ struct CompactProblem {
   }
 };
 
-// grad_y * act'(saved) of output o at an output pixel: the gradient before the gate.
+// grad_y * act'(saved) of channel o of the maps at an output pixel: the gradient before the gate.
 template <class T>
 LP_HD T output_grad(const MaskedBackward& f, int64_t n, int64_t o, int64_t h, int64_t w) {
   const T g = static_cast<const T*>(f.grad_y.data)[at(f.grad_y, n, o, h, w)];
@@ -204,25 +218,25 @@ struct InputGradProblem {
   LP_HD int64_t depth(const Group& g) const { return g.out_count * f.shape.kh * f.shape.kw; }
   LP_HD Row row(const Group&, int64_t m) const { return pixel_of(m, f.shape.height, f.shape.width); }
   LP_HD Depth at_depth(const Group& g, int64_t k) const {
-    const int64_t tap = k / g.out_count;
-    return Depth{f.live_out[g.out_begin + k % g.out_count], tap / f.shape.kw, tap % f.shape.kw, 0};
+    const int64_t tap = k / g.out_count, position = g.out_begin + k % g.out_count;
+    return Depth{f.live_out[position], tap / f.shape.kw, tap % f.shape.kw, map_channel(f, f.live_out, position)};
   }
   LP_HD T a(const Group&, const Row& r, const Depth& d) const {
     const ConvShape& s = f.shape;
     const int64_t h = r.h + s.pad_h - d.kh * s.dil_h, w = r.w + s.pad_w - d.kw * s.dil_w;
     if (h < 0 || w < 0 || h % s.stride_h || w % s.stride_w || !valid(d.channel, s.outputs)) return T(0);
     if (h / s.stride_h >= s.out_h || w / s.stride_w >= s.out_w) return T(0);
-    const T g = output_grad<T>(f, r.n, d.channel, h / s.stride_h, w / s.stride_w);
+    const T g = output_grad<T>(f, r.n, d.local, h / s.stride_h, w / s.stride_w);
     return f.gate ? g * static_cast<const T*>(f.gate)[d.channel] : g;
   }
   LP_HD T b(const Group& g, const Depth& d, int64_t col) const {
     const int64_t c = f.live_in[g.in_begin + col];
     if (!valid(c, f.shape.channels) || !valid(d.channel, f.shape.outputs)) return T(0);
-    return static_cast<const T*>(f.weight.data)[at(f.weight, d.channel, c % (f.shape.channels / f.shape.groups), d.kh, d.kw)];
+    return weight_at<T>(f, d.channel, c, d.kh, d.kw);
   }
   LP_HD void store(const Group& g, const Row& r, int64_t col, T sum) const {
-    const int64_t c = f.live_in[g.in_begin + col];
-    if (valid(c, f.shape.channels)) static_cast<T*>(f.grad_x.data)[at(f.grad_x, r.n, c, r.h, r.w)] = sum;
+    const int64_t place = map_channel(f, f.live_in, g.in_begin + col);
+    if (valid(place, f.shape.channels)) static_cast<T*>(f.grad_x.data)[at(f.grad_x, r.n, place, r.h, r.w)] = sum;
   }
 };
 
@@ -236,18 +250,20 @@ struct WeightGradProblem {
   LP_HD int64_t rows(const Group& g) const { return g.out_count; }
   LP_HD int64_t cols(const Group& g) const { return g.in_count * f.shape.kh * f.shape.kw; }
   LP_HD int64_t depth(const Group&) const { return f.shape.n * f.shape.out_h * f.shape.out_w; }
-  LP_HD Row row(const Group& g, int64_t m) const { return Row{f.live_out[g.out_begin + m], 0, 0}; }
+  LP_HD Row row(const Group& g, int64_t m) const {
+    return Row{f.live_out[g.out_begin + m], map_channel(f, f.live_out, g.out_begin + m), 0};
+  }
   LP_HD Depth at_depth(const Group&, int64_t k) const {
     const Row p = pixel_of(k, f.shape.out_h, f.shape.out_w);
     return Depth{p.n, p.h, p.w, 0};
   }
   LP_HD T a(const Group&, const Row& r, const Depth& d) const {
-    return valid(r.n, f.shape.outputs) ? output_grad<T>(f, d.channel, r.n, d.kh, d.kw) : T(0);
+    return valid(r.n, f.shape.outputs) ? output_grad<T>(f, d.channel, r.h, d.kh, d.kw) : T(0);
   }
   LP_HD T b(const Group& g, const Depth& d, int64_t col) const {
-    const int64_t tap = col / g.in_count, c = f.live_in[g.in_begin + col % g.in_count];
-    if (!valid(c, f.shape.channels)) return T(0);
-    return input_at<T, T>(f.shape, f.x, c, Row{d.channel, d.kh, d.kw}, tap / f.shape.kw, tap % f.shape.kw);
+    const int64_t tap = col / g.in_count, place = map_channel(f, f.live_in, g.in_begin + col % g.in_count);
+    if (!valid(place, f.shape.channels)) return T(0);
+    return input_at<T, T>(f.shape, f.x, place, Row{d.channel, d.kh, d.kw}, tap / f.shape.kw, tap % f.shape.kw);
   }
   LP_HD void store(const Group& g, const Row& r, int64_t col, T sum) const {
     const int64_t tap = col / g.in_count, c = f.live_in[g.in_begin + col % g.in_count];
@@ -264,12 +280,30 @@ struct FinishGrad {
   const T* raw;  // zero where an input is dead
   LP_HD int64_t per_output() const { return f.shape.channels / f.shape.groups * f.shape.kh * f.shape.kw; }
   LP_HD T gate(int64_t o) const { return f.gate ? static_cast<const T*>(f.gate)[o] : T(1); }
+  LP_HD int64_t channel(int64_t o, int64_t i) const {
+    const ConvShape& s = f.shape;
+    return o / (s.outputs / s.groups) * (s.channels / s.groups) + i / (s.kh * s.kw);
+  }
+  // The gradient of the output at a position of the list.
+  LP_HD T output(const Row& r, int64_t position) const {
+    return output_grad<T>(f, r.n, map_channel(f, f.live_out, position), r.h, r.w);
+  }
   // Writes one weight gradient, returns its share of the gate's.
   LP_HD T weight(int64_t o, int64_t i) const {
     const T value = raw[o * per_output() + i];
-    if (f.grad_weight) static_cast<T*>(f.grad_weight)[o * per_output() + i] = value * gate(o);
-    const int64_t taps = f.shape.kh * f.shape.kw, tap = i % taps;
-    return value * static_cast<const T*>(f.weight.data)[at(f.weight, o, i / taps, tap / f.shape.kw, tap % f.shape.kw)];
+    const int64_t tap = i % (f.shape.kh * f.shape.kw), c = channel(o, i);
+    const T factor = f.in_gate ? static_cast<const T*>(f.in_gate)[c] : T(1);
+    if (f.grad_weight) static_cast<T*>(f.grad_weight)[o * per_output() + i] = value * gate(o) * factor;
+    return value * weight_at<T>(f, o, c, tap / f.shape.kw, tap % f.shape.kw);
+  }
+  // What one weight of input c adds to the gradient of its factor; there are `per_input` of them.
+  LP_HD int64_t per_input() const { return f.shape.outputs / f.shape.groups * f.shape.kh * f.shape.kw; }
+  LP_HD T input(int64_t c, int64_t i) const {
+    const ConvShape& s = f.shape;
+    const int64_t in_per = s.channels / s.groups, taps = s.kh * s.kw, tap = i % taps;
+    const int64_t o = c / in_per * (s.outputs / s.groups) + i / taps, local = c % in_per;
+    const T w = static_cast<const T*>(f.weight.data)[at(f.weight, o, local, tap / s.kw, tap % s.kw)];
+    return raw[(o * in_per + local) * taps + tap] * gate(o) * w;
   }
   LP_HD void finish(int64_t o, T grad_sum, T gate_sum) const {
     if (f.grad_bias) static_cast<T*>(f.grad_bias)[o] = grad_sum * gate(o);

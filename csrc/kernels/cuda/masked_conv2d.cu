@@ -21,12 +21,23 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishGrad<T> p)
   T grad = T(0), gate = T(0);
   for (int64_t k = threadIdx.x; k < pixels; k += kThreads) {
     const Row r = pixel_of(k, p.f.shape.out_h, p.f.shape.out_w);
-    grad += output_grad<T>(p.f, r.n, o, r.h, r.w);
+    grad += p.output(r, blockIdx.x);
   }
   for (int64_t i = threadIdx.x; i < p.per_output(); i += kThreads) gate += p.weight(o, i);
   grad = block_sum(grad);
   gate = block_sum(gate);
   if (threadIdx.x == 0) p.finish(o, grad, gate);
+}
+
+// One block per live input.
+template <class T>
+__global__ void __launch_bounds__(kThreads) in_gate_kernel(const FinishGrad<T> p) {
+  const int64_t c = p.f.live_in[blockIdx.x];
+  if (!valid(c, p.f.shape.channels)) return;
+  T sum = T(0);
+  for (int64_t i = threadIdx.x; i < p.per_input(); i += kThreads) sum += p.input(c, i);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) static_cast<T*>(p.f.grad_in_gate)[c] = sum;
 }
 
 template <class T>
@@ -35,7 +46,7 @@ void backward(const MaskedBackward& f, const Env& env, cudaStream_t stream) {
   const int64_t in_per = s.channels / s.groups, out_per = s.outputs / s.groups, taps = s.kh * s.kw;
   if (f.grad_x.data && f.live_in.count > 0)
     run_pixels<T>(InputGradProblem<T>{f}, s.n * s.height * s.width, in_per, s.groups, stream, "masked_conv2d input gradient");
-  if (!(f.grad_weight || f.grad_bias || f.grad_gate) || f.live_out.count == 0) return;
+  if (!(f.grad_weight || f.grad_bias || f.grad_gate || f.grad_in_gate) || f.live_out.count == 0) return;
   const size_t bytes = size_t(s.outputs * in_per * taps) * sizeof(T);
   T* raw = static_cast<T*>(env.alloc(env.owner, bytes + sizeof(T)));
   cudaMemsetAsync(raw, 0, bytes, stream);
@@ -50,6 +61,10 @@ void backward(const MaskedBackward& f, const Env& env, cudaStream_t stream) {
   }
   finish_kernel<T><<<unsigned(f.live_out.count), kThreads, 0, stream>>>(FinishGrad<T>{f, raw});
   check_launch("masked_conv2d bias and gate gradient");
+  if (f.grad_in_gate && f.live_in.count > 0) {
+    in_gate_kernel<T><<<unsigned(f.live_in.count), kThreads, 0, stream>>>(FinishGrad<T>{f, raw});
+    check_launch("masked_conv2d gradient of the inputs' gate");
+  }
 }
 
 }  // namespace
