@@ -172,9 +172,9 @@ def test_norm_opcheck_and_gradcheck(target: torch.device) -> None:
 
 def test_bad_arguments_name_expected_and_actual(target: torch.device) -> None:
     live = torch.tensor([0, 2], device=target)
+    x, weight = torch.ones(1, 3, 4, 4, device=target), torch.ones(2, 3, 1, 1, device=target)
+    settings_ = ([1, 1], [0, 0], [1, 1], 1, "none", "auto")
     with pytest.raises(RuntimeError, match=r"one channel for each of live_in, 2; got shape \(1, 3, 4, 4\)"):
-        x, weight = torch.ones(1, 3, 4, 4, device=target), torch.ones(2, 3, 1, 1, device=target)
-        settings_ = ([1, 1], [0, 0], [1, 1], 1, "none", "auto")
         OP.masked_conv2d(x, weight, None, None, live, None, *settings_, None, True)
     with pytest.raises(RuntimeError, match=r"one channel for each of live; got x of shape \(1, 3, 4, 4\)"):
         OP.masked_batch_norm_act(
