@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from .fused_forwards import fused_forward
 from .hooks import SLOT, ExchangedCall, hooked, only_plain_calls
 from .nn._convert import activation_name
+from .norm_ways import backward as _backward
+from .norm_ways import forward as _forward
+from .norm_ways import measure as _measure
 from .ops import ACTIVATIONS
 from .ops.availability import can_run_masked_batch_norm_act, extension_available
 from .ops.batch_norm import update_running
-from .timing import faster
+from .ops.reference_norm import vector_dtype
 
 #: smaller inputs (elements) are left alone
 LEAST_ELEMENTS = 16_384
@@ -32,7 +35,8 @@ class FusedNorms:
     Inside an ``nn.Sequential`` that is called as a whole, an activation module right behind a norm is computed with it; so
     are a residual sum and an activation where the forward method that holds the norm shows that nobody else reads its output
     (``fused_forwards``).
-    The plain calls run in evaluation, under autocast, in ``torch.compile``, under a dispatch mode, with
+    The plain calls run in evaluation, under autocast on the CPU (on CUDA it does not touch norms: half maps, float32
+    parameters), in ``torch.compile``, under a dispatch mode, with
     ``torch.use_deterministic_algorithms``, and for modules that anybody has put hooks on. Subclasses of the norm and norms
     whose call has been exchanged by somebody else are left alone.
 
@@ -226,7 +230,7 @@ class _NormCall(ExchangedCall):
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
         y = F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
         if norm.training:
-            moments = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+            moments = torch.var_mean(x.detach().to(vector_dtype(x)), (0, 2, 3), correction=0)
             of_all = [m.new_zeros(norm.num_features).index_copy(0, live, m) for m in moments]
             self.record(of_all[1], of_all[0], x.numel() // x.shape[1])
         return y
@@ -257,9 +261,9 @@ class _NormCall(ExchangedCall):
 def _allowed(norm: nn.BatchNorm2d, x: Any, least: int) -> bool:
     if not norm.training or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() < least:
         return False
-    if x.numel() <= x.shape[1] or x.is_cuda or only_plain_calls(x.device.type) or hooked(norm):
+    if x.numel() <= x.shape[1] or only_plain_calls(x.device.type, cast=not x.is_cuda) or hooked(norm):
         return False
-    if any(t is not None and t.dtype != x.dtype for t in (norm.weight, norm.bias)):
+    if any(t is not None and t.dtype != vector_dtype(x) for t in (norm.weight, norm.bias)):
         return False
     return can_run_masked_batch_norm_act(x).ok
 
@@ -306,82 +310,3 @@ class _Norm(torch.autograd.Function):
             grad, x, weight, bias, mean, var, eps, activation, needs, live, compact_of, residual
         )
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-    live: Tensor | None = None,
-    compact_of: int = 0,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():  # the derivative is that of _Norm
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.lightning_prune.masked_batch_norm_act.default(
-            x, residual, weight, bias, None, None, None, live, eps, activation, compact_of
-        )
-    return found
-
-
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: str,
-    needs: list[bool],
-    live: Tensor | None = None,
-    compact_of: int = 0,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and residual; ``needs`` says which are computed."""
-    with torch._C._AutoDispatchBelowAutograd():
-        grad_x, grad_residual, grad_weight, grad_bias, _ = (
-            torch.ops.lightning_prune.masked_batch_norm_act_backward.default(
-                grad, x, residual, weight, bias, None, mean, var, live, True, eps, activation,
-                needs[0], needs[3], needs[1], needs[2], False, compact_of,
-            )
-        )  # fmt: skip
-    return grad_x, grad_weight, grad_bias, grad_residual
-
-
-def _measure(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    needs: bool,
-    activation: str = "none",
-    residual: Tensor | None = None,
-) -> bool:
-    """Whether the compiled kernel is faster on this batch; detached, so that nobody's hooks see it."""
-    wanted = [True, weight is not None, bias is not None, residual is not None]
-    leaves = [None if t is None else t.detach() for t in (x, weight, bias, residual)]
-
-    def run(compiled: bool) -> None:
-        own, scale, shift, other = leaves
-        assert own is not None
-        if compiled:
-            y, mean, var = _forward(own, scale, shift, eps, activation, residual=other)
-            if needs:
-                _backward(y, own, scale, shift, mean, var, eps, activation, wanted, residual=other)
-            return
-        y, mean, rstd = torch.ops.aten.native_batch_norm(own, scale, shift, None, None, True, 0.0, eps)
-        if other is not None:
-            y = y + other
-        if activation != "none":
-            y = ACTIVATIONS[activation](y)
-        if needs:
-            # Of all activations as of a ReLU, which has the cheapest gradient.
-            grad = y if activation == "none" else torch.ops.aten.threshold_backward(y, y, 0.0)
-            torch.ops.aten.native_batch_norm_backward(
-                grad, own, scale, None, None, mean, rstd, True, eps, wanted[:3]
-            )
-
-    with torch.no_grad():
-        return faster(run, x.device)

@@ -63,12 +63,13 @@ def hooked(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in HOOKS) or bool(internals._has_any_global_hook())
 
 
-def only_plain_calls(device: str) -> bool:
+def only_plain_calls(device: str, *, cast: bool = True) -> bool:
     """Whether modules have to compute as the user wrote them, whatever would be faster.
 
-    Under autocast on ``device`` (a type, as in ``"cpu"``), with ``torch.use_deterministic_algorithms`` (choices depend on the
-    clock, and rounding on choices), while ``torch.jit`` traces, and under a dispatch mode: somebody watches the operators.
+    Under autocast on ``device`` (a type, as in ``"cpu"``) if that ``cast``s what the module takes, with
+    ``torch.use_deterministic_algorithms`` (choices depend on the clock, and rounding on choices), while ``torch.jit`` traces,
+    and under a dispatch mode: somebody watches the operators.
     """
-    if torch.is_autocast_enabled(device) or torch.are_deterministic_algorithms_enabled():
+    if (cast and torch.is_autocast_enabled(device)) or torch.are_deterministic_algorithms_enabled():
         return True
     return bool(torch.jit.is_tracing()) or _get_current_dispatch_mode() is not None

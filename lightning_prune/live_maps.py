@@ -26,13 +26,14 @@ MOST_LIVE = 0.9
 
 def live_indices(alive: np.ndarray, device: torch.device | str = "cpu") -> Tensor | None:
     """Positions, int64, where ``alive`` (bool, one dimension) is True; None for all of them."""
-    return None if alive.all() else torch.from_numpy(np.flatnonzero(alive)).to(device)
+    # Nobody waits: what is in pageable memory has been read when the copy returns.
+    return None if alive.all() else torch.from_numpy(np.flatnonzero(alive)).to(device, non_blocking=True)
 
 
 class LiveMaps:
     """Whether maps hold live channels only at this moment, and the hooks and calls that decide it.
 
-    Only inside a call of the whole network, in training, on the CPU; never under autocast, in ``torch.compile``, under a
+    Only inside a call of the whole network, in training; never under autocast on the CPU, in ``torch.compile``, under a
     dispatch mode, with ``torch.use_deterministic_algorithms``, or while a module inside the network has hooks of the user's,
     who would see fewer channels. Networks that need more than narrower parameters of convolutions, 2-D batch norms and dense
     layers (sizes spelled out, norms over channels) keep full maps: :attr:`obstacle` says why.
@@ -52,6 +53,7 @@ class LiveMaps:
         self._calls: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
         self._possible = False
+        self._device = next((p.device.type for p in model.parameters()), "cpu")
         self.running = self._last = False
         self.always = False  #: in evaluation too
         whole = set(calls)
@@ -77,7 +79,7 @@ class LiveMaps:
         positions = self._graph.positions(name, 0), self._graph.positions(name, 1)
         if all((p < 0).all() for p in positions):
             return
-        self._linear[module] = layer = _Linear(self, *positions)
+        self._linear[module] = layer = _Linear(self, *positions, module.weight.device)
         self._handles += [
             module.register_forward_pre_hook(_Widen(layer)),
             module.register_forward_hook(_Narrow(layer)),
@@ -102,9 +104,9 @@ class LiveMaps:
         """Whether this call of the whole network may run with compact maps."""
         if not self._possible or self.running or not (call.training or self.always):
             return False
-        if only_plain_calls("cpu"):
+        if only_plain_calls(self._device, cast=self._device == "cpu"):
             return False
-        if any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args):
+        if any(isinstance(a, Tensor) and a.device.type != self._device for a in args):
             return False
         return not any(_hooked(module) for module in self._inside)
 
@@ -157,8 +159,8 @@ class _WholeCall(ExchangedCall):
 class _Linear:
     """A dense layer and its live features, None for all."""
 
-    def __init__(self, maps: LiveMaps, outs: np.ndarray, ins: np.ndarray) -> None:
-        self.maps, self._outs, self._ins = maps, outs, ins
+    def __init__(self, maps: LiveMaps, outs: np.ndarray, ins: np.ndarray, device: torch.device) -> None:
+        self.maps, self._outs, self._ins, self._device = maps, outs, ins, device
         self.live_in: Tensor | None = None
         self.live_out: Tensor | None = None
         self.narrow = False
@@ -166,7 +168,7 @@ class _Linear:
     def set_mask(self, mask: Mask) -> None:
         live = np.append(mask, True)
         ins, outs = live[self._ins], live[self._outs]
-        self.live_in, self.live_out = live_indices(ins), live_indices(outs)
+        self.live_in, self.live_out = live_indices(ins, self._device), live_indices(outs, self._device)
 
 
 class _Widen(PrivateHook):

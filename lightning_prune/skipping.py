@@ -7,7 +7,7 @@ call of the convolution changes, during the module's own forward, on top of what
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,10 +25,10 @@ from .conv_ways import ALL_PLAIN, FULL, PLAIN, SKIP, Choice, ConvCall, SkippedCo
 from .fused_norms import FusedNorms
 from .gates.attach import IN_GATE, LIVE_INPUTS, TAKES_GATES
 from .hooks import Marker, PrivateHook, only_plain_calls
-from .inputs import ExampleInputs
+from .inputs import ExampleInputs, floating_dtype, to_model
 from .live_maps import LiveMaps, live_indices
 from .nn._convert import symmetric_padding
-from .ops.availability import can_run_masked_conv2d, extension_available
+from .ops.availability import can_run_masked_conv2d, cuda_built, extension_available
 from .timing import fastest
 from .whole_network import whole_network_calls
 
@@ -36,6 +36,8 @@ from .whole_network import whole_network_calls
 LEAST_MACS = 1_000_000
 #: largest difference of a network with narrower maps, relative to its largest output, that rounding explains
 _AGREEMENT = 1e-3
+#: channels of which the vendor's CUDA kernels want a multiple, at 2 bytes each
+_CUDA_LANES = 8
 
 
 @dataclass
@@ -101,8 +103,10 @@ class DeadChannelSkipper:
     with ``torch.use_deterministic_algorithms`` (the choice depends on the clock, and rounding on the choice), and without
     the compiled extension.
 
-    With example inputs, on the CPU, maps between the modules hold live channels only once some are dead: see
-    :class:`lightning_prune.live_maps.LiveMaps`. :attr:`obstacle` says why they do not.
+    With example inputs, maps between the modules hold live channels only once some are dead: see
+    :class:`lightning_prune.live_maps.LiveMaps`. :attr:`obstacle` says why they do not. On CUDA a few dead channels stay in
+    each group, so that their number is a multiple of 8, which the vendor's kernels want. There this goes for autocast too:
+    convolutions of live channels are the vendor's.
 
     Args:
         model: on its device; has hooks from now on, loses them in :meth:`detach`.
@@ -122,7 +126,10 @@ class DeadChannelSkipper:
     ) -> None:
         self._model, self._steps = model, steps
         self._handles: dict[nn.Module, list[RemovableHandle]] = {}
-        self._inputs = inputs if all(p.device.type == "cpu" for p in model.parameters()) else None
+        devices = {p.device for p in model.parameters()}
+        self._device = devices.pop() if len(devices) == 1 else torch.device("meta")
+        kernels = self._device.type == "cpu" or (self._device.type == "cuda" and cuda_built())
+        self._inputs = inputs if kernels else None
         self._differs = False
         self._attach(graph)
         if self.obstacle is None and not _trusted and self._inputs is not None:
@@ -130,7 +137,7 @@ class DeadChannelSkipper:
             self._keep_full_maps()
 
     def _attach(self, graph: ChannelGraph) -> None:
-        self._attached = True
+        self._attached, self._graph = True, graph
         self._layers = _layers(self._model, graph, self._steps) if extension_available() else []
         self._norms = FusedNorms(self._model)
         for layer in self._layers:
@@ -156,7 +163,9 @@ class DeadChannelSkipper:
     @property
     def obstacle(self) -> str | None:
         """Why maps between modules hold dead channels too, None where they do not."""
-        return "no example input was given" if self._maps is None else self._maps.obstacle
+        if self._maps is not None:
+            return self._maps.obstacle
+        return "no example input was given, or no kernels for the device of the network were built"
 
     def follow(self, graph: ChannelGraph) -> None:
         """The model's tensors have been cut, or are whole again: compare anew. :meth:`set_mask` has to be called."""
@@ -166,6 +175,8 @@ class DeadChannelSkipper:
 
     def set_mask(self, mask: Mask) -> None:
         """Skip the channels where ``mask`` (bool, shape [num_channels]) is False; their weights must be zero."""
+        if self._device.type == "cuda":
+            mask = aligned_groups(mask, self._graph, self._layers)
         wanted = self._maps.wanted if self._maps is not None else lambda: False
         for layer in self._layers:
             layer.set_mask(mask)
@@ -173,7 +184,7 @@ class DeadChannelSkipper:
             layer.module.__dict__[LIVE_INPUTS] = Marker(layer.live_in)
         live = np.append(mask, True)
         for norm, channels in self._norm_channels.items():
-            self._norms.set_live(norm, live_indices(live[channels]), wanted)
+            self._norms.set_live(norm, live_indices(live[channels], self._device), wanted)
         if self._maps is not None:
             outs = [live[layer.out_channels] for layer in self._layers]
             self._maps.set_mask(mask, float(np.concatenate(outs).mean()))
@@ -311,6 +322,22 @@ def _layers(model: nn.Module, graph: ChannelGraph, steps: int) -> list[_Layer]:
     return found
 
 
+def aligned_groups(mask: Mask, graph: ChannelGraph, layers: Iterable[_Layer]) -> Mask:
+    """``mask`` with as many dead channels of each group that the layers have as make the number of living ones a multiple of 8.
+
+    Their weights are zero, so that they put out zeros wherever the group is computed.
+    """
+    present = np.zeros(len(mask) + 1, dtype=bool)
+    for layer in layers:
+        present[layer.out_channels] = present[layer.in_channels] = True
+    wanted = mask.copy()
+    for group in graph.groups:
+        dead = np.flatnonzero(~mask[group.ids] & present[:-1][group.ids]) + group.start
+        alive = int(mask[group.ids].sum())
+        wanted[dead[: -alive % _CUDA_LANES]] = True
+    return wanted
+
+
 def _norm_channels(
     model: nn.Module, graph: ChannelGraph, norms: list[nn.BatchNorm2d]
 ) -> dict[nn.BatchNorm2d, np.ndarray]:
@@ -332,6 +359,11 @@ def _agree(model: nn.Module, graph: ChannelGraph, inputs: ExampleInputs) -> bool
     mask = generator.random(graph.num_channels) < 0.5
     for group in graph.groups:
         mask[group.start + generator.integers(group.size)] = True
+    if next(
+        model.parameters()
+    ).is_cuda:  # the code is in question and not the kernels, which may compute in tf32
+        model = clone_model(model).cpu()
+        inputs = to_model(inputs, model, floating_dtype(model))
     try:
         masked = mask_channels(model, inputs, CompactionPlan.from_mask(graph, mask))
         narrow = clone_model(masked)

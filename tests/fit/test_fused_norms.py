@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from lightning_prune import fused_norms, ops
+from lightning_prune import fused_norms, norm_ways, ops
 from lightning_prune.fused_norms import FusedNorms
 
 pytestmark = pytest.mark.skipif(not ops.extension_available(), reason="no compiled extension")
@@ -211,9 +211,7 @@ def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin, _, x = pair()
     asked: list[torch.Size] = []
     monkeypatch.setattr(fused_norms, "LEAST_ELEMENTS", 0)
-    monkeypatch.setattr(
-        fused_norms, "faster", lambda run, device: asked.append(run) or run(True) or run(False)
-    )
+    monkeypatch.setattr(norm_ways, "faster", lambda run, device: asked.append(run) or run(True) or run(False))
     for _ in range(2):
         torch.testing.assert_close(step(model, x), step(twin, x))
     assert len(asked) == NORMS + 1  # once per module
