@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune import fused_norms, ops
+from lightning_prune import fused_norms, norm_ways, ops
 from lightning_prune.fused_norms import FusedNorms
 
 pytestmark = pytest.mark.skipif(not ops.extension_available(), reason="no compiled extension")
@@ -324,9 +324,7 @@ def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     FusedNorms(model)
     asked: list[Any] = []
     monkeypatch.setattr(fused_norms, "LEAST_ELEMENTS", 0)
-    monkeypatch.setattr(
-        fused_norms, "faster", lambda run, device: asked.append(run) or run(True) or run(False)
-    )
+    monkeypatch.setattr(norm_ways, "faster", lambda run, device: asked.append(run) or run(True) or run(False))
     for _ in range(2):
         same(model, twin, x)
     # Each site once for the whole of it, and once for the norm alone, which runs because the whole is slower.
