@@ -20,7 +20,7 @@ from ..ops.tensor_cores import tf32_allowed
 from .choice import FORMATS, backend, can_run_own, own_wins
 from .cuda_graph import CapturedCall, signature
 from .recorded import RecordedBlueprint
-from .segment import in_segments
+from .segment import in_segments, takes_any_layout
 from .sites import Blueprint, ConvSite
 from .symbolic import SymbolicBlueprint
 
@@ -38,7 +38,7 @@ class OptimizedModule(nn.Module):
 
     Attributes:
         network: what runs.
-        memory_format: "contiguous" or "channels_last"; 4-D inputs are converted to it.
+        memory_format: "channels_last": 4-D inputs are converted to it; "contiguous": they are taken as they come.
         dtype: to which floating-point inputs are converted, or None.
         layers: convolution -> "own" or "vendor", where one was replaced.
         cuda_graph: whether calls on a GPU are captured.
@@ -280,7 +280,9 @@ def _segmented(blueprint: Blueprint, dtype: torch.dtype | None) -> list[Optimize
     network = clone_model(blueprint.build(modules)).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     layers = {site.name: "own" if own else "vendor" for site, own in zip(blueprint.sites, able, strict=True)}
     batch = blueprint.sites[0].shape[0]
-    return [OptimizedModule(n, "channels_last", dtype, layers) for n in in_segments(network, batch)]
+    found = in_segments(network, batch)
+    formats = ["contiguous" if takes_any_layout(n) else "channels_last" for n in found]
+    return [OptimizedModule(n, name, dtype, layers) for n, name in zip(found, formats, strict=True)]
 
 
 def _kind(site: ConvSite, dtype: torch.dtype | None, mode: str, memory_format: str) -> str:

@@ -159,6 +159,18 @@ def in_segments(network: nn.Module, batch: int) -> list[nn.Module]:
     return found
 
 
+def takes_any_layout(network: nn.Module) -> bool:
+    """Whether every input goes to segments alone: they read all memory formats as fast as they could be converted."""
+    if not isinstance(network, fx.GraphModule):
+        return False
+    inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
+    readers = {user for node in inputs for user in node.users}
+    return all(
+        user.op == "call_module" and isinstance(network.get_submodule(str(user.target)), CompactSegment)
+        for user in readers
+    )
+
+
 def _cut(run: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """Before and behind the first small map that alone leads to all that follows; the second part may be empty."""
     for i, node in enumerate(run[:-1]):
@@ -363,4 +375,4 @@ def _replaced(
     return rewrite.module()
 
 
-__all__ = ["CompactSegment", "in_segments"]
+__all__ = ["CompactSegment", "in_segments", "takes_any_layout"]

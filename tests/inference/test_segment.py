@@ -153,6 +153,23 @@ def test_a_map_that_is_read_outside_ends_the_segment() -> None:
         assert segments(network)
 
 
+def test_an_image_for_segments_alone_is_not_converted() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*unit(3, 7, 3, 2), *unit(7, 7), *unit(7, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x) + nn.functional.avg_pool2d(x, 2)
+
+    x = torch.randn(2, 3, 34, 38)
+    for model, taken in ((Pooled().layers, "contiguous"), (Pooled(), "channels_last")):
+        for network in segmented(model, x):
+            assert segments(network)
+            assert getattr(network, "memory_format") == taken  # noqa: B009
+            assert error(network, model, x) < 2e-6
+
+
 def test_weights_that_are_loaded_or_moved_are_used() -> None:
     model, x = Branches().eval(), torch.randn(2, 3, 24, 24)
     network = segmented(model, x)[0]

@@ -120,10 +120,48 @@ static inline void transpose_block(T* dst, const S* src, int64_t channel_stride,
   }
 }
 
+#if defined(__AVX2__)
+// Three planes, the colours of an image, to pixels: whole vectors of them; how many.
+static int64_t interleave_three(float* dst, const float* a, const float* b, const float* c, int64_t pixels) {
+  using V = Simd<float, LP_VECTOR_BYTES>::reg;
+  typedef int32_t Lanes __attribute__((vector_size(LP_VECTOR_BYTES)));
+  constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
+  struct Masks {
+    Lanes first_two[3], all[3];
+  };
+  static const Masks masks = [] {
+    Masks m;
+    for (int i = 0; i < 3 * L; ++i) {
+      const int lane = i % L, pixel = i / 3, plane = i % 3;
+      m.first_two[i / L][lane] = plane == 1 ? L + pixel : pixel;
+      m.all[i / L][lane] = plane == 2 ? L + pixel : lane;
+    }
+    return m;
+  }();
+  int64_t p = 0;
+  for (; p + L <= pixels; p += L)
+    for (int i = 0; i < 3; ++i) {
+      const V two = __builtin_shuffle(load<V>(a + p), load<V>(b + p), masks.first_two[i]);
+      store<V>(dst + 3 * p + i * L, __builtin_shuffle(two, load<V>(c + p), masks.all[i]));
+    }
+  return p;
+}
+#endif
+
 template <class S, class T>
 static void stage_row_planes(T* dst, const S* src, int64_t channel_stride, int64_t pixel_stride, int64_t pixels,
                              const int64_t* channel, int64_t channels, int64_t ld) {
   int64_t i = 0;
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<S, float> && std::is_same_v<T, float>)
+    if (channels == 3 && ld == 3 && pixel_stride == 1) {
+      const auto plane = [&](int k) { return src + channel[k] * channel_stride; };
+      const int64_t done = interleave_three(dst, plane(0), plane(1), plane(2), pixels);
+      dst += done * ld;
+      src += done;
+      pixels -= done;
+    }
+#endif
   for (; i + 8 <= channels; i += 8) transpose_block<8>(dst + i, src, channel_stride, pixel_stride, pixels, channel + i, ld);
   for (; i < channels; ++i) transpose_block<1>(dst + i, src, channel_stride, pixel_stride, pixels, channel + i, ld);
   for (; i < ld; ++i)
