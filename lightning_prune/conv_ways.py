@@ -1,4 +1,8 @@
-"""The ways to compute a convolution of which some channels are dead, forward and backward, under autograd."""
+"""The ways to compute a convolution of which some channels are dead, forward and backward, under autograd.
+
+Of maps of live channels only it is the dense convolution of a smaller weight, the live rows and columns side by side: they
+are copied once per step, and the gradient is spread over the whole weight with its zeros.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .ops.availability import can_run_masked_conv2d
 
 #: Ways to compute one part of a convolution: by torch, by the compiled kernel over live channels, by it over all of them.
 PLAIN, SKIP, FULL = 0, 1, 2
@@ -24,6 +30,29 @@ class Choice(NamedTuple):
 ALL_PLAIN = Choice(PLAIN, PLAIN, PLAIN)
 
 
+class ReusedMemory:
+    """Memory of one tensor, given out again once nobody holds it: fresh memory costs a page fault every 4 KB."""
+
+    def __init__(self) -> None:
+        self._tensor: Tensor | None = None
+        self._unused = 0
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialised tensor, dense, of ``like``'s shape, dtype and memory format; nobody else has its memory."""
+        own = self._tensor
+        if own is None or own.shape != like.shape or own.stride() != like.stride() or own.dtype != like.dtype:
+            own = self._tensor = torch.empty_like(like)
+            self._unused = _holders(own)
+        elif _holders(own) != self._unused:
+            return torch.empty_like(like)
+        return own.detach()
+
+
+def _holders(tensor: Tensor) -> int:
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count
+
+
 @dataclass(frozen=True)
 class ConvCall:
     """What a convolution is beside its tensors.
@@ -33,6 +62,7 @@ class ConvCall:
         groups: as in ``torch.nn.functional.conv2d``.
         live_in: int64 inputs that live, None for all; likewise ``live_out``.
         compact: the maps hold live channels only; else they hold all.
+        memory: for the gradient of the whole weight.
     """
 
     stride: list[int]
@@ -42,6 +72,7 @@ class ConvCall:
     live_in: Tensor | None = None
     live_out: Tensor | None = None
     compact: bool = False
+    memory: ReusedMemory | None = None
 
     @property
     def settings(self) -> tuple[list[int], list[int], list[int], int]:
@@ -84,12 +115,12 @@ def gated(weight: Tensor, gate: Tensor | None) -> Tensor:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, call: ConvCall, way: int = SKIP
 ) -> Tensor:
-    """The output, computed in the given way."""
+    """The output, computed in the given way; ``call`` is not compact, see :func:`narrowed`."""
     if way == PLAIN:
         return plain(x, weight, bias, gate, call)
     with torch._C._AutoDispatchBelowAutograd():  # the derivative is SkippedConv's
         result: Tensor = torch.ops.lightning_prune.masked_conv2d.default(
-            x, weight, bias, None, *call.lists(way), *call.settings, "none", "auto", gate, call.compact
+            x, weight, bias, None, *call.lists(way), *call.settings, "none", "auto", gate
         )
     return result
 
@@ -104,7 +135,7 @@ def backward(
     needs: tuple[bool, ...],
     way: int = SKIP,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, bias and gate; whatever is not needed is not to be read."""
+    """Gradients of x, weight, bias and gate; whatever is not needed is not to be read. ``call`` is not compact."""
     if not any(needs):
         return grad, grad, grad, grad
     need_x, need_weight, need_bias, need_gate = needs
@@ -112,33 +143,42 @@ def backward(
         with torch._C._AutoDispatchBelowAutograd():
             found: tuple[Tensor, ...] = torch.ops.lightning_prune.masked_conv2d_backward.default(
                 grad, None, x, weight, bias, None, *call.lists(way), *call.settings, "none",
-                need_x, need_weight, need_bias, False, "auto", gate, need_gate, call.compact,
+                need_x, need_weight, need_bias, False, "auto", gate, need_gate,
             )  # fmt: skip
         return (*found[:3], found[4])
-    own, own_bias, own_gate, groups = _sliced(weight, bias, gate, call)
-    sizes = None if own_bias is None else list(own_bias.shape)
-    wanted = [need_x, need_weight or need_gate, need_bias]
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad,
         x,
-        gated(own, own_gate),
-        sizes,
+        gated(weight, gate),
+        None if bias is None else list(bias.shape),
         call.stride,
         call.padding,
         call.dilation,
         False,
         [0, 0],
-        groups,
-        wanted,
+        call.groups,
+        [need_x, need_weight or need_gate, need_bias],
     )
-    grad_gate = (grad_weight * own).sum((0, 2, 3)) if need_gate else grad
-    grad_weight = gated(grad_weight, own_gate) if need_weight else grad
-    if call.compact:
-        columns = call.columns(weight.shape[1])
-        grad_weight = _spread(grad_weight, weight, call.live_out, columns) if need_weight else grad
-        grad_bias = _spread(grad_bias, bias, call.live_out) if need_bias else grad
-        grad_gate = _spread(grad_gate, gate, call.live_in) if need_gate else grad
+    grad_gate = (grad_weight * weight).sum((0, 2, 3)) if need_gate else grad
+    grad_weight = gated(grad_weight, gate) if need_weight else grad
     return grad_x, grad_weight, grad_bias, grad_gate
+
+
+def narrowed(
+    weight: Tensor, bias: Tensor | None, gate: Tensor | None, call: ConvCall
+) -> tuple[Tensor, Tensor | None, Tensor | None, ConvCall]:
+    """What belongs to the channels of compact maps, without autograd, and the dense convolution of it."""
+    if call.groups == 1 and can_run_masked_conv2d(weight, weight).ok:
+        with torch._C._AutoDispatchBelowAutograd():
+            own = torch.ops.lightning_prune.live_block.default(weight, call.live_out, call.live_in)
+        groups = 1
+        if bias is not None and call.live_out is not None:
+            bias = bias.index_select(0, call.live_out)
+        if gate is not None and call.live_in is not None:
+            gate = gate.index_select(0, call.live_in)
+    else:
+        own, bias, gate, groups = _sliced(weight, bias, gate, call)
+    return own, bias, gate, ConvCall(call.stride, call.padding, call.dilation, groups)
 
 
 def _sliced(
@@ -159,16 +199,26 @@ def _sliced(
     return weight, bias, gate, call.kept_groups(per_group)
 
 
-def _spread(grad: Tensor, like: Tensor | None, rows: Tensor | None, columns: Tensor | None = None) -> Tensor:
-    """The gradient of a slice as that of the whole: zero where nothing lives."""
-    assert like is not None
-    for dim, index in ((1, columns), (0, rows)):
-        if index is not None:
-            shape = list(grad.shape)
-            shape[dim] = like.shape[dim]
-            grad = grad.new_zeros(shape).index_copy(dim, index, grad)
-    last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+def _widened(grad: Tensor, weight: Tensor, call: ConvCall) -> Tensor:
+    """The gradient of the live part of a weight as that of the whole: zero where nothing lives."""
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    if call.groups == 1 and (last or weight.is_contiguous()) and can_run_masked_conv2d(weight, weight).ok:
+        whole = torch.empty_like(weight) if call.memory is None else call.memory.take(weight)
+        with torch._C._AutoDispatchBelowAutograd():
+            torch.ops.lightning_prune.spread_block.default(grad, whole, call.live_out, call.live_in)
+        return whole
+    for dim, index in ((1, call.columns(weight.shape[1])), (0, call.live_out)):
+        grad = _spread(grad, weight.shape[dim], index, dim)
     return grad.contiguous(memory_format=torch.channels_last) if last else grad.contiguous()
+
+
+def _spread(grad: Tensor, size: int, index: Tensor | None, dim: int = 0) -> Tensor:
+    """Slices along one dimension among zeros; None: all slices are there."""
+    if index is None:
+        return grad
+    shape = list(grad.shape)
+    shape[dim] = size
+    return grad.new_zeros(shape).index_copy(dim, index, grad)
 
 
 class SkippedConv(torch.autograd.Function):
@@ -185,28 +235,41 @@ class SkippedConv(torch.autograd.Function):
         choice: Choice,
     ) -> Tensor:
         """Shapes as in ``torch.nn.functional.conv2d``; ``gate`` of shape [inputs] multiplies the inputs."""
-        ctx.save_for_backward(x, weight, bias, gate)
-        ctx.call, ctx.choice = call, choice
-        return forward(x, weight, bias, gate, call, choice.forward)
+        ctx.call, ctx.own_call, ctx.choice = call, call, choice
+        if not call.compact:
+            ctx.save_for_backward(x, weight, bias, gate)
+            return forward(x, weight, bias, gate, call, choice.forward)
+        own, own_bias, own_gate, ctx.own_call = narrowed(weight, bias, gate, call)
+        ctx.save_for_backward(x, weight, bias, gate, own, own_bias, own_gate)
+        return forward(x, own, own_bias, own_gate, ctx.own_call, choice.forward)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Each part as it was chosen."""
-        x, weight, bias, gate = ctx.saved_tensors
+        x, weight, bias, gate, *live = ctx.saved_tensors
         (grad,) = grads
+        call: ConvCall = ctx.call
         needs = tuple(ctx.needs_input_grad[:4])
         if torch.is_grad_enabled():
             # Aliases, because x may come from the same parameters.
             aliases: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias, gate)]
             leaves = [t for t, need in zip(aliases, needs, strict=True) if need]
             x, weight, bias, gate = aliases
-            y = plain(x, weight, bias, gate, ctx.call)
+            y = plain(x, weight, bias, gate, call)
             derived = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
             return (*(next(derived) if need else None for need in needs), None, None)
-        arguments = (grad, x, weight, bias, gate, ctx.call)
+        own, own_bias, own_gate = live or (weight, bias, gate)
+        arguments = (grad, x, own, own_bias, own_gate, ctx.own_call)
         if ctx.choice.grad_x == ctx.choice.grad_weight:
             found = backward(*arguments, needs, ctx.choice.grad_x)
         else:
             grad_x = backward(*arguments, (needs[0], False, False, False), ctx.choice.grad_x)[0]
             found = (grad_x, *backward(*arguments, (False, *needs[1:]), ctx.choice.grad_weight)[1:])
+        if live:
+            found = (
+                found[0],
+                _widened(found[1], weight, call) if needs[1] else grad,
+                _spread(found[2], len(bias), call.live_out) if needs[2] else grad,
+                _spread(found[3], len(gate), call.live_in) if needs[3] else grad,
+            )
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None)

@@ -21,7 +21,7 @@ from . import conv_ways
 from .channels.groups import ChannelGraph, Mask
 from .compaction import CompactionPlan, mask_channels, max_relative_error
 from .compaction.apply import clone_model
-from .conv_ways import ALL_PLAIN, FULL, PLAIN, SKIP, Choice, ConvCall, SkippedConv
+from .conv_ways import ALL_PLAIN, FULL, PLAIN, SKIP, Choice, ConvCall, ReusedMemory, SkippedConv
 from .fused_norms import FusedNorms
 from .gates.attach import IN_GATE, LIVE_INPUTS, TAKES_GATES
 from .hooks import Marker, PrivateHook, only_plain_calls
@@ -52,6 +52,7 @@ class _Layer:
         live_in: int64 inputs that live, None for all; likewise ``live_out``.
         share: of the multiply-accumulates that live.
         wanted: whether maps that come out of it hold live channels only.
+        memory: for the gradient of its weight.
         verdicts: kind of call -> step of ``share`` at which it was measured, and what came out.
     """
 
@@ -64,6 +65,7 @@ class _Layer:
     live_out: Tensor | None = None
     share: float = 1.0
     wanted: Callable[[], bool] = lambda: False
+    memory: ReusedMemory = field(default_factory=ReusedMemory)
     verdicts: dict[tuple[Any, ...], tuple[int, Choice]] = field(default_factory=dict)
 
     def set_mask(self, mask: Mask) -> None:
@@ -81,7 +83,7 @@ class _Layer:
         """The convolution of maps that hold all channels, or the live ones alone."""
         conv = self.module
         settings = list(conv.stride), list(self.padding), list(conv.dilation), conv.groups
-        return ConvCall(*settings, self.live_in, self.live_out, compact)
+        return ConvCall(*settings, self.live_in, self.live_out, compact, self.memory)
 
     def compact(self, x: Any) -> bool:
         """Whether ``x`` holds live channels only, or what comes out of it is to."""
@@ -291,10 +293,12 @@ def _measure(
     """Time each part both ways on this batch, without autograd (nothing is recorded, no hook of the user's sees it)."""
     x, weight = x.detach(), weight.detach()
     bias, gate = (None if t is None else t.detach() for t in (bias, gate))
-    arguments = (x, weight, bias, gate, call)
-    y = conv_ways.forward(*arguments)
     # Leaving out a few channels can cost more than it saves: vectors have 8 or 16 of them.
     ways = (PLAIN, SKIP) if call.compact else (PLAIN, FULL) if layer.share == 1.0 else (PLAIN, SKIP, FULL)
+    if call.compact:
+        weight, bias, gate, call = conv_ways.narrowed(weight, bias, gate, call)
+    arguments = (x, weight, bias, gate, call)
+    y = conv_ways.forward(*arguments)
     parts: list[Callable[[int], Any] | None] = [lambda way: conv_ways.forward(*arguments, way)]
     for part in ((needs[0], False, False, False), (False, *needs[1:])):
         run = partial(conv_ways.backward, y, *arguments, part)

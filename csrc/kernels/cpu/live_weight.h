@@ -13,15 +13,16 @@ inline View live_view(const ConvShape& s, const View& w, int64_t inputs) {
   return View{nullptr, inputs * taps, taps, s.kw, 1};
 }
 
+// Copies the live part of `w` to `to`.
 template <class T>
-View gather_weight(const Env& env, const ConvShape& s, const View& w, const IndexList& ins, const IndexList& outs) {
+void gather_weight(const Env& env, const ConvShape& s, const View& w, const View& to, const IndexList& ins,
+                   const IndexList& outs) {
   struct Context {
     const ConvShape& s;
     const View& from;
     View to;
     const IndexList &ins, &outs;
-  } context{s, w, live_view(s, w, ins.count), ins, outs};
-  context.to.data = scratch<T>(env, outs.count * context.to.n);
+  } context{s, w, to, ins, outs};
   env.parallel(
       outs.count,
       [](int64_t begin, int64_t end, void* ctx) {
@@ -44,7 +45,6 @@ View gather_weight(const Env& env, const ConvShape& s, const View& w, const Inde
         }
       },
       &context);
-  return context.to;
 }
 
 // The gradient of the live part into that of the whole weight, every element of which is written; rows are dense.
@@ -103,7 +103,9 @@ Problem live_problem(const Env& env, const Problem& problem) {
   p.shape.outputs = problem.live_out.count;
   p.live_in = IndexList{nullptr, problem.live_in.count};
   p.live_out = IndexList{nullptr, problem.live_out.count};
-  p.weight = gather_weight<T>(env, problem.shape, problem.weight, problem.live_in, problem.live_out);
+  p.weight = live_view(problem.shape, problem.weight, problem.live_in.count);
+  p.weight.data = scratch<T>(env, problem.live_out.count * p.weight.n);
+  gather_weight<T>(env, problem.shape, problem.weight, p.weight, problem.live_in, problem.live_out);
   p.bias = live_values<T>(env, problem.bias, problem.live_out);
   p.gate = live_values<T>(env, problem.gate, problem.live_out);
   p.in_gate = live_values<T>(env, problem.in_gate, problem.live_in);

@@ -517,4 +517,16 @@ void masked_backward_cpu(const MaskedBackward& f, const Env& env) {
   f.dtype == DType::f64 ? masked_backward<double>(f, env) : masked_backward<float>(f, env);
 }
 
+void live_block_cpu(DType dtype, const ConvShape& s, const View& weight, const View& block, const IndexList& ins,
+                    const IndexList& outs, const Env& env) {
+  dtype == DType::f64 ? gather_weight<double>(env, s, weight, block, ins, outs)
+                      : gather_weight<float>(env, s, weight, block, ins, outs);
+}
+
+void spread_block_cpu(DType dtype, const ConvShape& s, const View& block, void* out, const int64_t* step, const IndexList& ins,
+                      const IndexList& outs, const Env& env) {
+  dtype == DType::f64 ? spread_weight<double>(env, s, block, ins, outs, static_cast<double*>(out), step)
+                      : spread_weight<float>(env, s, block, ins, outs, static_cast<float*>(out), step);
+}
+
 }  // namespace lp
