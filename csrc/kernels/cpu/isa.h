@@ -43,6 +43,7 @@ namespace LP_ISA {
 
 const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
   static const CpuKernels table = {LP_STRING(LP_ISA),
+                                   LP_VECTOR_BYTES / 4,
                                    {LP_ISA::conv<float>, LP_ISA::conv<double>},
                                    LP_ISA::winograd,
                                    LP_ISA::depthwise,

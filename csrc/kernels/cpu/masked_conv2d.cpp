@@ -1,4 +1,5 @@
 // Masked convolution on the CPU: restricts channel lists and packed weights to live channels, then runs the tap kernels.
+#include "column_groups.h"
 #include "driver.h"
 #include "live_weight.h"
 
@@ -220,6 +221,7 @@ void pack_transformed(TapConv& p, const Env& env, const ConvShape& s, const View
 
 template <class T>
 void forward(const MaskedForward& f, const Env& env) {
+  if (forward_by_columns(f, env, [&](const MaskedForward& p) { forward<T>(p, env); })) return;
   const Taps taps = forward_taps(env, f.shape);
   TapConv p = forward_geometry(f.shape, f.x, taps);
   p.out = f.y;
@@ -463,6 +465,7 @@ void backward(const MaskedBackward& f, const Env& env) {
   const ConvShape& s = f.shape;
   View grad = f.grad_y;
   const int64_t live = f.live_out.count;
+  const bool wants_weight = f.grad_weight || f.grad_bias || f.grad_gate || f.grad_in_gate;
   const int64_t* in_place = ranks(env, f.live_in, s.channels, f.compact_maps);
   const int64_t* out_place = ranks(env, f.live_out, s.outputs, f.compact_maps);
   if (f.act != Act::none && live > 0) {
@@ -476,7 +479,6 @@ void backward(const MaskedBackward& f, const Env& env) {
   const auto lists = [&](const ChannelLists& ins, const ChannelLists& outs) {
     return Lists{ins, outs, places(env, ins, in_place), places(env, outs, out_place)};
   };
-  const bool wants_weight = f.grad_weight || f.grad_bias || f.grad_gate || f.grad_in_gate;
   if (is_depthwise(s)) {
     const DepthwiseLists d = depthwise_lists(env, s, f.live_in, f.live_out);
     if (wants_weight) {
@@ -492,8 +494,16 @@ void backward(const MaskedBackward& f, const Env& env) {
   }
   const ChannelLists ins = split_groups(env, f.live_in, s.channels, int(s.groups));
   const Lists all = lists(ins, split_groups(env, f.live_out, s.outputs, int(s.groups)));
-  if (f.grad_x.data && ins.count() > 0 && all.outs.count() > 0) input_grad<T>(f, grad, all, false, env);
-  if (wants_weight && !is_depthwise(s)) weight_grad<T>(f, grad, all, false, env);
+  const auto few = [&](const MaskedForward& p) { forward<T>(p, env); };
+  if (f.grad_x.data && ins.count() > 0 && all.outs.count() > 0 && !input_grad_by_columns(f, grad, env, few))
+    input_grad<T>(f, grad, all, false, env);
+  const auto few_grads = [&](const MaskedBackward& p, const View& columns) {
+    const ChannelLists own = split_groups(env, p.live_in, p.shape.channels, 1);
+    const ChannelLists lanes = split_groups(env, p.live_out, p.shape.outputs, 1);
+    weight_grad<T>(p, columns, Lists{own, lanes, own, lanes}, false, env);
+  };
+  if (wants_weight && !is_depthwise(s) && !weight_grad_by_columns(f, grad, env, few_grads))
+    weight_grad<T>(f, grad, all, false, env);
 }
 
 }  // namespace

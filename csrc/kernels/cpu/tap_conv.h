@@ -98,6 +98,7 @@ struct HalfMap {
 
 struct CpuKernels {
   const char* name;
+  int64_t lanes;                                           // floats of a vector
   void (*conv[2])(const TapConv&, const Env&);             // float32, float64
   void (*winograd)(const TapConv&, int tile, const Env&);  // float32, one group; see kTileCodes
   bool (*depthwise)(const TapConv&, const Env&);  // float32, one group, weight (tap, channel); false: not a case for it
