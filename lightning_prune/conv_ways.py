@@ -1,7 +1,7 @@
 """The ways to compute a convolution of which some channels are dead, forward and backward, under autograd.
 
-Of maps of live channels only it is the dense convolution of a smaller weight, the live rows and columns side by side: they
-are copied once per step, and the gradient is spread over the whole weight with its zeros.
+Of maps of live channels only it is, on the CPU, the dense convolution of a smaller weight, the live rows and columns side by
+side: they are copied once per step, and the gradient is spread over the whole weight with its zeros.
 """
 
 from __future__ import annotations
@@ -115,12 +115,12 @@ def gated(weight: Tensor, gate: Tensor | None) -> Tensor:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, call: ConvCall, way: int = SKIP
 ) -> Tensor:
-    """The output, computed in the given way; ``call`` is not compact, see :func:`narrowed`."""
+    """The output, computed in the given way."""
     if way == PLAIN:
         return plain(x, weight, bias, gate, call)
     with torch._C._AutoDispatchBelowAutograd():  # the derivative is SkippedConv's
         result: Tensor = torch.ops.lightning_prune.masked_conv2d.default(
-            x, weight, bias, None, *call.lists(way), *call.settings, "none", "auto", gate
+            x, weight, bias, None, *call.lists(way), *call.settings, "none", "auto", gate, call.compact
         )
     return result
 
@@ -135,7 +135,7 @@ def backward(
     needs: tuple[bool, ...],
     way: int = SKIP,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, bias and gate; whatever is not needed is not to be read. ``call`` is not compact."""
+    """Gradients of x, weight, bias and gate; whatever is not needed is not to be read."""
     if not any(needs):
         return grad, grad, grad, grad
     need_x, need_weight, need_bias, need_gate = needs
@@ -143,24 +143,27 @@ def backward(
         with torch._C._AutoDispatchBelowAutograd():
             found: tuple[Tensor, ...] = torch.ops.lightning_prune.masked_conv2d_backward.default(
                 grad, None, x, weight, bias, None, *call.lists(way), *call.settings, "none",
-                need_x, need_weight, need_bias, False, "auto", gate, need_gate,
+                need_x, need_weight, need_bias, False, "auto", gate, need_gate, call.compact,
             )  # fmt: skip
         return (*found[:3], found[4])
+    own, own_bias, own_gate, groups = _sliced(weight, bias, gate, call)
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad,
         x,
-        gated(weight, gate),
-        None if bias is None else list(bias.shape),
+        gated(own, own_gate),
+        None if own_bias is None else list(own_bias.shape),
         call.stride,
         call.padding,
         call.dilation,
         False,
         [0, 0],
-        call.groups,
+        groups,
         [need_x, need_weight or need_gate, need_bias],
     )
-    grad_gate = (grad_weight * weight).sum((0, 2, 3)) if need_gate else grad
-    grad_weight = gated(grad_weight, gate) if need_weight else grad
+    grad_gate = (grad_weight * own).sum((0, 2, 3)) if need_gate else grad
+    grad_weight = gated(grad_weight, own_gate) if need_weight else grad
+    if call.compact:
+        return widened((grad_x, grad_weight, grad_bias, grad_gate), weight, bias, gate, call, needs)
     return grad_x, grad_weight, grad_bias, grad_gate
 
 
@@ -168,7 +171,7 @@ def narrowed(
     weight: Tensor, bias: Tensor | None, gate: Tensor | None, call: ConvCall
 ) -> tuple[Tensor, Tensor | None, Tensor | None, ConvCall]:
     """What belongs to the channels of compact maps, without autograd, and the dense convolution of it."""
-    if call.groups == 1 and can_run_masked_conv2d(weight, weight).ok:
+    if _in_blocks(weight, call):
         with torch._C._AutoDispatchBelowAutograd():
             own = torch.ops.lightning_prune.live_block.default(weight, call.live_out, call.live_in)
         groups = 1
@@ -179,6 +182,30 @@ def narrowed(
     else:
         own, bias, gate, groups = _sliced(weight, bias, gate, call)
     return own, bias, gate, ConvCall(call.stride, call.padding, call.dilation, groups)
+
+
+def widened(
+    found: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    call: ConvCall,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """Gradients of what :func:`narrowed` gives as those of the whole tensors: zero where nothing lives."""
+    grad_x, grad_weight, grad_bias, grad_gate = found
+    if needs[1]:
+        grad_weight = _widened_weight(grad_weight, weight, call)
+    if needs[2] and bias is not None:
+        grad_bias = _spread(grad_bias, len(bias), call.live_out)
+    if needs[3] and gate is not None:
+        grad_gate = _spread(grad_gate, len(gate), call.live_in)
+    return grad_x, grad_weight, grad_bias, grad_gate
+
+
+def _in_blocks(weight: Tensor, call: ConvCall) -> bool:
+    """Whether the compiled kernels copy the live part of a weight, and spread its gradient."""
+    return call.groups == 1 and weight.device.type == "cpu" and can_run_masked_conv2d(weight, weight).ok
 
 
 def _sliced(
@@ -199,10 +226,9 @@ def _sliced(
     return weight, bias, gate, call.kept_groups(per_group)
 
 
-def _widened(grad: Tensor, weight: Tensor, call: ConvCall) -> Tensor:
-    """The gradient of the live part of a weight as that of the whole: zero where nothing lives."""
-    last = weight.is_contiguous(memory_format=torch.channels_last)
-    if call.groups == 1 and (last or weight.is_contiguous()) and can_run_masked_conv2d(weight, weight).ok:
+def _widened_weight(grad: Tensor, weight: Tensor, call: ConvCall) -> Tensor:
+    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    if _in_blocks(weight, call) and (last or weight.is_contiguous()):
         whole = torch.empty_like(weight) if call.memory is None else call.memory.take(weight)
         with torch._C._AutoDispatchBelowAutograd():
             torch.ops.lightning_prune.spread_block.default(grad, whole, call.live_out, call.live_in)
@@ -236,7 +262,7 @@ class SkippedConv(torch.autograd.Function):
     ) -> Tensor:
         """Shapes as in ``torch.nn.functional.conv2d``; ``gate`` of shape [inputs] multiplies the inputs."""
         ctx.call, ctx.own_call, ctx.choice = call, call, choice
-        if not call.compact:
+        if not call.compact or x.device.type != "cpu":
             ctx.save_for_backward(x, weight, bias, gate)
             return forward(x, weight, bias, gate, call, choice.forward)
         own, own_bias, own_gate, ctx.own_call = narrowed(weight, bias, gate, call)
@@ -266,10 +292,5 @@ class SkippedConv(torch.autograd.Function):
             grad_x = backward(*arguments, (needs[0], False, False, False), ctx.choice.grad_x)[0]
             found = (grad_x, *backward(*arguments, (False, *needs[1:]), ctx.choice.grad_weight)[1:])
         if live:
-            found = (
-                found[0],
-                _widened(found[1], weight, call) if needs[1] else grad,
-                _spread(found[2], len(bias), call.live_out) if needs[2] else grad,
-                _spread(found[3], len(gate), call.live_in) if needs[3] else grad,
-            )
+            found = widened(found, weight, bias, gate, call, needs)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None)

@@ -295,7 +295,7 @@ def _measure(
     bias, gate = (None if t is None else t.detach() for t in (bias, gate))
     # Leaving out a few channels can cost more than it saves: vectors have 8 or 16 of them.
     ways = (PLAIN, SKIP) if call.compact else (PLAIN, FULL) if layer.share == 1.0 else (PLAIN, SKIP, FULL)
-    if call.compact:
+    if call.compact and x.device.type == "cpu":
         weight, bias, gate, call = conv_ways.narrowed(weight, bias, gate, call)
     arguments = (x, weight, bias, gate, call)
     y = conv_ways.forward(*arguments)
