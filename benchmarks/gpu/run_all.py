@@ -24,6 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 #: seconds between a script's own limit and the box in which it is stopped
 GRACE = 8.0
+#: seconds that every benchmark gets when time is short
+LEAST = 20.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def sections(device: str) -> list[Section]:
         )
         # Without torch's caching allocator every tensor is an allocation of its own, whose bounds are checked.
         alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-        return Section(tool, (*command, "--quick"), 60, needs="compute-sanitizer", environment=alone)
+        return Section(tool, (*command, "--quick"), 70, needs="compute-sanitizer", environment=alone)
 
     build = (python, "setup.py", "--quiet", "build_ext", "--inplace")
     markers = ("-m", "cuda") if device == "cuda" else ("-k", "test_depthwise or test_captured")
@@ -83,21 +85,23 @@ def sections(device: str) -> list[Section]:
     )
     if device == "cuda":  # several processes: after an illegal access nothing else runs in the same one
         tests = (*tests, "-n", "4", "--timeout", "60")
-    where = ("tests/ops", "tests/inference", "tests/nn", "tests/fit/test_skipping.py")
+    fits = ("tests/fit/test_devices.py", "tests/fit/test_skipping.py")
+    where = ("tests/ops", "tests/inference", "tests/nn", *fits)
     return [
         Section("build", build, 170, script=False, environment=(("LIGHTNING_PRUNE_FORCE_EXT", "1"),)),
         Section("device", ("nvidia-smi",), 15, script=False, needs="nvidia-smi"),
         benchmark("sanitized", 40),
-        Section("tests", (*tests, *markers, *where), 110, script=False),
+        Section("tests", (*tests, *markers, *where), 130, script=False),
         benchmark("ceilings", 25),
-        benchmark("layers", 110),
+        benchmark("layers", 100),
+        benchmark("norms", 40),
+        benchmark("training", 70),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        benchmark("staircase", 40),
-        benchmark("tiles", 45),
-        benchmark("networks", 100),
-        benchmark("training", 45),
-        benchmark("compiled", 75),
+        benchmark("networks", 90),
+        benchmark("staircase", 35),
+        benchmark("tiles", 35),
+        benchmark("compiled", 60),
     ]
 
 
@@ -138,10 +142,17 @@ def run(section: Section, extra: list[str], seconds: float, log: Path) -> dict[s
 
 
 def seconds_for(section: Section, coming: list[Section], left: float, stretch: bool) -> float:
-    """The section's box, or with ``stretch`` its share of what is left for it and the scripts after it."""
-    boxes = sum(s.box for s in coming if s.script)
-    share = left * section.box / boxes if stretch and section.script else 0.0
-    return min(max(section.box, share), left)
+    """The section's box; for a benchmark its share of what is left, if that is less, or with ``stretch`` if it is more.
+
+    What cannot stop by itself (the build, the tests, sanitizers) keeps its box.
+    """
+    elastic = [s for s in coming if s.script and not s.needs]
+    if section not in elastic:
+        return min(section.box, left)
+    fixed = sum(s.box for s in coming if s not in elastic)
+    share = (left - fixed) * section.box / sum(s.box for s in elastic)
+    wanted = max(section.box, share) if stretch else min(section.box, max(share, LEAST))
+    return min(wanted, left)
 
 
 def tail(path: Path, lines: int) -> str:

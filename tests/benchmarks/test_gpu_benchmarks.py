@@ -240,6 +240,12 @@ def test_sections_that_are_asked_for_share_the_time() -> None:
     assert run_all.seconds_for(second, [second], 300.0, stretch=True) == 300.0
     assert run_all.seconds_for(second, [second], 100.0, stretch=True) == 100.0
     assert run_all.seconds_for(first, [first, second], 400.0, stretch=False) == 50.0
+    # With less than all boxes need everybody's shrink alike, but for what cannot stop by itself.
+    assert run_all.seconds_for(first, [first, second], 120.0, stretch=False) == 30.0
+    assert run_all.seconds_for(first, [first, second], 60.0, stretch=False) == run_all.LEAST
+    fixed = run_all.Section("memcheck", (), 40.0, needs="compute-sanitizer")
+    assert run_all.seconds_for(first, [first, fixed, second], 160.0, stretch=False) == 30.0
+    assert run_all.seconds_for(fixed, [fixed, second], 100.0, stretch=False) == 40.0
     build = run_all.Section("build", (), 170.0, script=False)
     assert run_all.seconds_for(build, [build, first], 500.0, stretch=True) == 170.0
 
