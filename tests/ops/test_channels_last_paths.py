@@ -100,6 +100,7 @@ def test_pointwise(
     batch=st.integers(0, 3),
     channels=st.sampled_from([2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 37, 70]),
     size=st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    side=st.sampled_from([3, 3, 5, 7]),
     stride=st.integers(1, 3),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     activation=ACTIVATION,
@@ -112,6 +113,7 @@ def test_depthwise(
     batch: int,
     channels: int,
     size: tuple[int, int],
+    side: int,
     stride: int,
     padding: tuple[int, int],
     activation: str,
@@ -121,9 +123,9 @@ def test_depthwise(
     if target.type == "cuda":
         pytest.skip("a path of the CPU kernels")
     generator = torch.Generator().manual_seed(seed)
-    height, width = (max(s, 3 - 2 * p) for s, p in zip(size, padding, strict=True))
+    height, width = (max(s, side - 2 * p) for s, p in zip(size, padding, strict=True))
     x = torch.randn(batch, channels, height, width, generator=generator)
-    weight = torch.randn(channels, 1, 3, 3, generator=generator)
+    weight = torch.randn(channels, 1, side, side, generator=generator)
     check(x, weight, channels, stride, padding, activation, stream, generator)
 
 

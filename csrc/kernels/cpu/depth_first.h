@@ -14,7 +14,7 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
   const int64_t tasks = p.n * bands, slots = std::min<int64_t>(env.threads, tasks);
   // Without expanded rows of its own the input must have room for whole vectors.
   const int64_t wide = expand || p.x_room ? channels : p.inner;
-  const DepthwiseWeights w = depthwise_weights(env, p.depthwise.weight, p.depthwise.shift, p.inner, wide);
+  const DepthwiseWeights w = depthwise_weights(env, p.depthwise.weight, p.depthwise.shift, 9, p.inner, wide);
   float* zeros = static_cast<float*>(env.alloc(env.owner, size_t(wide) * 4));
   memset(zeros, 0, size_t(wide) * 4);
   float* scratch = static_cast<float*>(env.alloc(env.owner, size_t(slots * slot_floats) * 4));
@@ -82,7 +82,7 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
           r.step[i] = !inside ? 0 : expand ? step : p.x.w;
         }
         r.out = inner + done * r.out_row;
-        depthwise_rows(r, p.stride, some, wide, Ahead::none);
+        depthwise_rows(r, 3, p.stride, some, wide, Ahead::none);
         done += some;
       }
       if (!bounds.complete) activate_rows(p.depthwise.act, inner, step, rows * p.cols, p.inner);

@@ -1,5 +1,5 @@
-// Depthwise 3x3, stride 1 and 2, on channels-last tensors: four output columns of two rows (AVX-512) or one at a time, the
-// weights of one vector of channels in registers, nothing staged. Included once per instruction set (see simd.h).
+// Depthwise 3x3, 5x5 and 7x7, stride 1 and 2, on channels-last tensors: four output columns of two rows (AVX-512) or one at a
+// time, the weights of one vector of channels in registers, nothing staged. Included once per instruction set (see simd.h).
 
 // The first lanes of a vector, at least one: one masked move with AVX-512.
 template <class V>
@@ -30,10 +30,11 @@ constexpr int64_t kAheadInput = int64_t(512) << 10, kAheadBoth = int64_t(8) << 2
 
 // Rows of the output that are computed together: each input row that is loaded serves all of them.
 constexpr int kDepthwiseRows = LP_REGISTERS == 32 ? 2 : 1;
+constexpr int kDepthwiseSide = 7;  // of the largest kernel
 
 struct DepthwiseRow {
-  const float* in[2 * kDepthwiseRows + 1];  // at the first input column; a row of the padding is a vector of zeros ...
-  int64_t step[2 * kDepthwiseRows + 1];     // ... that is read again and again
+  const float* in[2 * kDepthwiseRows + kDepthwiseSide - 2];  // at the first input column; a row of the padding is a vector ...
+  int64_t step[2 * kDepthwiseRows + kDepthwiseSide - 2];     // ... of zeros that is read again and again
   int64_t pad, width, cols;
   const float *weight, *shift, *residual;
   int64_t tap_stride, residual_step, residual_row;
@@ -61,7 +62,7 @@ static inline __attribute__((always_inline)) void depthwise_store(const Depthwis
     store<V>(p, v);
 }
 
-template <class V, int Stride, int Rows, int Cols, Ahead A, bool Part>
+template <class V, int K, int Stride, int Rows, int Cols, Ahead A, bool Part>
 static inline __attribute__((always_inline)) void depthwise_columns(const DepthwiseRow& r, const V* w, V shift, int64_t channel,
                                                                     int64_t col) {
   V acc[Rows * Cols];
@@ -81,19 +82,19 @@ static inline __attribute__((always_inline)) void depthwise_columns(const Depthw
 #pragma GCC unroll 4
       for (int c = 0; c < Cols; ++c) __builtin_prefetch(r.ahead_out + row * r.out_row + channel + (col + c) * r.out_step, 1);
   }
-#pragma GCC unroll 5
-  for (int h = 0; h < (Rows - 1) * Stride + 3; ++h) {
-    const float* in = r.in[h] + channel + (col * Stride - r.pad) * r.step[h];
 #pragma GCC unroll 9
-    for (int i = 0; i < (Cols - 1) * Stride + 3; ++i) {
+  for (int h = 0; h < (Rows - 1) * Stride + K; ++h) {
+    const float* in = r.in[h] + channel + (col * Stride - r.pad) * r.step[h];
+#pragma GCC unroll 13
+    for (int i = 0; i < (Cols - 1) * Stride + K; ++i) {
       const V v = depthwise_load<Part, V>(r, in);
       in += r.step[h];
 #pragma GCC unroll 2
       for (int row = 0; row < Rows; ++row)
 #pragma GCC unroll 4
         for (int c = 0; c < Cols; ++c)
-          if (h - row * Stride >= 0 && h - row * Stride < 3 && i - c * Stride >= 0 && i - c * Stride < 3)
-            acc[row * Cols + c] += v * w[(h - row * Stride) * 3 + i - c * Stride];
+          if (h - row * Stride >= 0 && h - row * Stride < K && i - c * Stride >= 0 && i - c * Stride < K)
+            acc[row * Cols + c] += v * w[(h - row * Stride) * K + i - c * Stride];
     }
   }
 #pragma GCC unroll 2
@@ -109,77 +110,79 @@ static inline __attribute__((always_inline)) void depthwise_columns(const Depthw
 }
 
 // A column whose window reaches into the padding.
-template <class V, int Stride, bool Part>
+template <class V, int K, int Stride, bool Part>
 static inline __attribute__((always_inline)) void depthwise_edge(const DepthwiseRow& r, const V* w, V shift, int64_t channel,
                                                                  int64_t col, int row) {
   const int64_t first = col * Stride - r.pad;
-  V acc[3] = {shift, V{}, V{}};
-#pragma GCC unroll 3
-  for (int k = 0; k < 3; ++k) {
+  V acc[K] = {shift};
+  for (int k = 0; k < K; ++k) {
     if (first + k < 0 || first + k >= r.width) continue;
-#pragma GCC unroll 3
-    for (int kh = 0; kh < 3; ++kh) {
+#pragma GCC unroll 7
+    for (int kh = 0; kh < K; ++kh) {
       const int h = row * Stride + kh;
-      acc[kh] += depthwise_load<Part, V>(r, r.in[h] + channel + (first + k) * r.step[h]) * w[kh * 3 + k];
+      acc[kh] += depthwise_load<Part, V>(r, r.in[h] + channel + (first + k) * r.step[h]) * w[kh * K + k];
     }
   }
-  V sum = acc[0] + acc[1] + acc[2];
+  V sum = acc[0];
+  for (int kh = 1; kh < K; ++kh) sum += acc[kh];
   if (r.residual) sum += depthwise_load<Part, V>(r, r.residual + row * r.residual_row + channel + col * r.residual_step);
   depthwise_store<Part, V>(r, r.out + row * r.out_row + channel + col * r.out_step, clamp(sum, r.bounds.low, r.bounds.high));
 }
 
 // Rows output rows, one vector of channels.
-template <class V, int Stride, int Rows, Ahead A, bool Part>
+template <class V, int K, int Stride, int Rows, Ahead A, bool Part>
 static __attribute__((noinline)) void depthwise_vector(const DepthwiseRow& r, int64_t channel) {
-  const int64_t room = r.width - 3 + r.pad;
+  const int64_t room = r.width - K + r.pad;
   const int64_t lo = std::min(r.cols, (r.pad + Stride - 1) / Stride);
   const int64_t hi = std::max(lo, std::min(r.cols, room < 0 ? 0 : room / Stride + 1));
-  V w[9];
-#pragma GCC unroll 9
-  for (int k = 0; k < 9; ++k) w[k] = depthwise_load<Part, V>(r, r.weight + k * r.tap_stride + channel);
+  V w[K * K];
+#pragma GCC unroll 49
+  for (int k = 0; k < K * K; ++k) w[k] = depthwise_load<Part, V>(r, r.weight + k * r.tap_stride + channel);
   const V shift = r.shift ? depthwise_load<Part, V>(r, r.shift + channel) : V{};
   for (int row = 0; row < Rows; ++row)
-    for (int64_t c = 0; c < lo; ++c) depthwise_edge<V, Stride, Part>(r, w, shift, channel, c, row);
+    for (int64_t c = 0; c < lo; ++c) depthwise_edge<V, K, Stride, Part>(r, w, shift, channel, c, row);
   int64_t c = lo;
   if (hi - lo >= 4)
-    for (; c < hi; c += 4) depthwise_columns<V, Stride, Rows, 4, A, Part>(r, w, shift, channel, std::min(c, hi - 4));
-  for (; c < hi; ++c) depthwise_columns<V, Stride, Rows, 1, Ahead::none, Part>(r, w, shift, channel, c);
+    for (; c < hi; c += 4) depthwise_columns<V, K, Stride, Rows, 4, A, Part>(r, w, shift, channel, std::min(c, hi - 4));
+  for (; c < hi; ++c) depthwise_columns<V, K, Stride, Rows, 1, Ahead::none, Part>(r, w, shift, channel, c);
   for (int row = 0; row < Rows; ++row)
-    for (c = hi; c < r.cols; ++c) depthwise_edge<V, Stride, Part>(r, w, shift, channel, c, row);
+    for (c = hi; c < r.cols; ++c) depthwise_edge<V, K, Stride, Part>(r, w, shift, channel, c, row);
 }
 
 // All channels: whole vectors, then the narrowest one that holds the rest and overlaps the one before.
-template <int Bytes, int Stride, int Rows, Ahead A>
+template <int Bytes, int K, int Stride, int Rows, Ahead A>
 static void depthwise_strip(const DepthwiseRow& r, int64_t channels) {
   using V = typename Simd<float, Bytes>::reg;
   constexpr int64_t L = Bytes / 4;
   int64_t channel = 0;
-  for (; channel + L <= channels; channel += L) depthwise_vector<V, Stride, Rows, A, false>(r, channel);
+  for (; channel + L <= channels; channel += L) depthwise_vector<V, K, Stride, Rows, A, false>(r, channel);
   const int64_t rest = channels - channel;
   if (rest == 0) return;
   if constexpr (Bytes > 16) {
     // Before the first whole vector there is nothing to overlap: masks, where they are cheap.
     constexpr bool masks = LP_VECTOR_BYTES == 64;
     using Half = typename Simd<float, Bytes / 2>::reg;
-    if (channel == 0 && !masks) return depthwise_strip<Bytes / 2, Stride, Rows, A>(r, channels);
+    if (channel == 0 && !masks) return depthwise_strip<Bytes / 2, K, Stride, Rows, A>(r, channels);
     if (rest * 2 <= L) {
-      if (channel == 0) return depthwise_strip<Bytes / 2, Stride, Rows, A>(r, channels);
-      return depthwise_vector<Half, Stride, Rows, A, false>(r, channels - L / 2);
+      if (channel == 0) return depthwise_strip<Bytes / 2, K, Stride, Rows, A>(r, channels);
+      return depthwise_vector<Half, K, Stride, Rows, A, false>(r, channels - L / 2);
     }
-    if (channel == 0) return depthwise_vector<V, Stride, Rows, A, masks>(r, 0);
-    return depthwise_vector<V, Stride, Rows, A, false>(r, channels - L);
+    if (channel == 0) return depthwise_vector<V, K, Stride, Rows, A, masks>(r, 0);
+    return depthwise_vector<V, K, Stride, Rows, A, false>(r, channels - L);
   } else {
-    if (channel > 0) return depthwise_vector<V, Stride, Rows, A, false>(r, channels - L);
-    if (LP_VECTOR_BYTES == 64) return depthwise_vector<V, Stride, Rows, A, LP_VECTOR_BYTES == 64>(r, 0);
-    for (; channel < channels; ++channel) depthwise_vector<Simd<float, 4>::reg, Stride, Rows, A, false>(r, channel);
+    if (channel > 0) return depthwise_vector<V, K, Stride, Rows, A, false>(r, channels - L);
+    if (LP_VECTOR_BYTES == 64) return depthwise_vector<V, K, Stride, Rows, A, LP_VECTOR_BYTES == 64>(r, 0);
+    for (; channel < channels; ++channel) depthwise_vector<Simd<float, 4>::reg, K, Stride, Rows, A, false>(r, channel);
   }
 }
 
 // What depthwise() takes; p.weight is (tap, channel) without padding.
 static bool is_depthwise_rows(const TapConv& p) {
   const int64_t channels = p.out_begin[1];
-  if (p.groups != 1 || p.taps != 9 || p.step_h != p.step_w || p.step_h > 2 || p.scale || channels < 1) return false;
-  if (p.tap_h[8] - p.tap_h[0] != 2 || p.tap_w[8] - p.tap_w[0] != 2 || p.tap_w[1] - p.tap_w[0] != 1) return false;
+  if (p.groups != 1 || p.step_h != p.step_w || p.step_h > 2 || p.scale || channels < 1) return false;
+  const int64_t side = p.tap_h[p.taps - 1] - p.tap_h[0] + 1;
+  if ((side != 3 && side != 5 && side != kDepthwiseSide) || p.taps != side * side) return false;
+  if (p.tap_w[p.taps - 1] - p.tap_w[0] != side - 1 || p.tap_w[1] - p.tap_w[0] != 1) return false;
   if (p.x.c != 1 || p.out.c != 1 || (p.residual.data && p.residual.c != 1)) return false;
   return is_run(p.in_channel, channels) && is_run(p.out_channel, channels);
 }
@@ -188,39 +191,46 @@ static bool is_depthwise_rows(const TapConv& p) {
 struct DepthwiseWeights {
   const float *weight, *shift;
 };
-static DepthwiseWeights depthwise_weights(const Env& env, const float* weight, const float* shift, int64_t exact,
+static DepthwiseWeights depthwise_weights(const Env& env, const float* weight, const float* shift, int64_t taps, int64_t exact,
                                           int64_t channels) {
   if (channels == exact) return {weight, shift};
-  float* padded = static_cast<float*>(env.alloc(env.owner, size_t(10 * channels) * 4));
-  memset(padded, 0, size_t(10 * channels) * 4);
-  for (int64_t tap = 0; tap < 9; ++tap) memcpy(padded + tap * channels, weight + tap * exact, size_t(exact) * 4);
-  if (shift) memcpy(padded + 9 * channels, shift, size_t(exact) * 4);
-  return {padded, padded + 9 * channels};
+  float* padded = static_cast<float*>(env.alloc(env.owner, size_t((taps + 1) * channels) * 4));
+  memset(padded, 0, size_t((taps + 1) * channels) * 4);
+  for (int64_t tap = 0; tap < taps; ++tap) memcpy(padded + tap * channels, weight + tap * exact, size_t(exact) * 4);
+  if (shift) memcpy(padded + taps * channels, shift, size_t(exact) * 4);
+  return {padded, padded + taps * channels};
 }
 
 // `rows` rows, at most kDepthwiseRows; r says what `ahead` fetches.
-static void depthwise_rows(const DepthwiseRow& r, int64_t stride, int rows, int64_t channels, Ahead ahead) {
-  const auto run = [&](auto s, auto a) {
-    constexpr int Stride = decltype(s)::value;
+static void depthwise_rows(const DepthwiseRow& r, int64_t side, int64_t stride, int rows, int64_t channels, Ahead ahead) {
+  const auto run = [&](auto k, auto s, auto a) {
+    constexpr int K = decltype(k)::value, Stride = decltype(s)::value;
     constexpr Ahead A = decltype(a)::value;
-    rows == 1 ? depthwise_strip<LP_VECTOR_BYTES, Stride, 1, A>(r, channels)
-              : depthwise_strip<LP_VECTOR_BYTES, Stride, kDepthwiseRows, A>(r, channels);
+    rows == 1 ? depthwise_strip<LP_VECTOR_BYTES, K, Stride, 1, A>(r, channels)
+              : depthwise_strip<LP_VECTOR_BYTES, K, Stride, kDepthwiseRows, A>(r, channels);
   };
-  const auto fetching = [&](auto s) {
-    if (ahead == Ahead::none) return run(s, std::integral_constant<Ahead, Ahead::none>());
-    if (ahead == Ahead::input) return run(s, std::integral_constant<Ahead, Ahead::input>());
-    run(s, std::integral_constant<Ahead, Ahead::both>());
+  const auto fetching = [&](auto k, auto s) {
+    // large kernels have more to compute than to fetch: one way for all
+    if constexpr (decltype(k)::value > 3) return run(k, s, std::integral_constant<Ahead, Ahead::input>());
+    if (ahead == Ahead::none) return run(k, s, std::integral_constant<Ahead, Ahead::none>());
+    if (ahead == Ahead::input) return run(k, s, std::integral_constant<Ahead, Ahead::input>());
+    run(k, s, std::integral_constant<Ahead, Ahead::both>());
   };
-  stride == 1 ? fetching(std::integral_constant<int, 1>()) : fetching(std::integral_constant<int, 2>());
+  const auto striding = [&](auto k) {
+    stride == 1 ? fetching(k, std::integral_constant<int, 1>()) : fetching(k, std::integral_constant<int, 2>());
+  };
+  if (side == 3) return striding(std::integral_constant<int, 3>());
+  if (side == 5) return striding(std::integral_constant<int, 5>());
+  striding(std::integral_constant<int, kDepthwiseSide>());
 }
 
 static bool depthwise(const TapConv& p, const Env& env) {
   if (!is_depthwise_rows(p)) return false;
-  const int64_t exact = p.out_begin[1];
+  const int64_t exact = p.out_begin[1], side = p.tap_h[p.taps - 1] - p.tap_h[0] + 1;
   // Spare lanes are computed with weights of zero: whole vectors on whole cache lines.
   const int64_t channels = p.x_room && p.out_room ? round_up(exact, 8) : exact;
   const DepthwiseWeights w =
-      depthwise_weights(env, static_cast<const float*>(p.weight), static_cast<const float*>(p.shift), exact, channels);
+      depthwise_weights(env, static_cast<const float*>(p.weight), static_cast<const float*>(p.shift), p.taps, exact, channels);
   float* zeros = static_cast<float*>(env.alloc(env.owner, size_t(channels) * 4));
   memset(zeros, 0, size_t(channels) * 4);
   const int64_t wanted = env.threads > 1 ? 4 * env.threads : 1;
@@ -246,7 +256,7 @@ static bool depthwise(const TapConv& p, const Env& env) {
     const int64_t end = p.rows * (band + 1) / bands;
     for (int64_t row = p.rows * band / bands; row < end;) {
       const int rows = row + kDepthwiseRows <= end ? kDepthwiseRows : 1;
-      for (int i = 0; i < (rows - 1) * p.step_h + 3; ++i) {
+      for (int i = 0; i < (rows - 1) * p.step_h + side; ++i) {
         const int64_t h = row * p.step_h + p.tap_h[0] + i;
         const bool inside = h >= 0 && h < p.height;
         r.in[i] = inside ? static_cast<const float*>(p.x.data) + n * p.x.n + h * p.x.h + p.in_channel[0] : zeros;
@@ -255,12 +265,12 @@ static bool depthwise(const TapConv& p, const Env& env) {
       r.out = static_cast<float*>(p.out.data) + n * p.out.n + row * p.out.h + p.out_channel[0];
       if (p.residual.data)
         r.residual = static_cast<const float*>(p.residual.data) + n * p.residual.n + row * p.residual.h + p.out_channel[0];
-      const bool more = row + 2 * rows <= p.rows && (row + 2 * rows - 1) * p.step_h + p.tap_h[0] + 2 < p.height;
-      r.ahead_in = more ? static_cast<const float*>(r.in[(rows - 1) * p.step_h + 2]) + p.x.h : zeros;
+      const bool more = row + 2 * rows <= p.rows && (row + 2 * rows - 1) * p.step_h + p.tap_h[0] + side - 1 < p.height;
+      r.ahead_in = more ? static_cast<const float*>(r.in[(rows - 1) * p.step_h + side - 1]) + p.x.h : zeros;
       r.ahead_in_row = more ? p.x.h : 0;
       r.ahead_in_step = more ? p.x.w : 0;
       r.ahead_out = more ? r.out + rows * p.out.h : r.out;
-      depthwise_rows(r, p.step_h, rows, channels, ahead);
+      depthwise_rows(r, side, p.step_h, rows, channels, ahead);
       if (!bounds.complete)
         for (int i = 0; i < rows; ++i) activate_rows(p.act, r.out + i * r.out_row, r.out_step, p.cols, channels);
       row += rows;
