@@ -25,9 +25,10 @@ ALGORITHMS = ("auto", "direct", *WINOGRAD, "tensor_core")
 # Smallest channel counts for which "auto" packs Winograd weights: below, the direct kernels are as fast.
 AUTO_MIN_CHANNELS = 12
 # Inputs times outputs from which up to four 4x4 tiles are dearer than sixteen 2x2 ones: the transform leaves the L2 cache.
-FEW_TILES_LARGE_WEIGHT = 380 * 380
-# Stride 2: inputs times outputs of 3x3 for which transforms pay, fewest tiles, and transformed weights that each tile pays for.
-STRIDED_MIN_WEIGHT, STRIDED_MIN_TILES, STRIDED_WEIGHT_PER_TILE = 512, 8, 450_000
+FEW_TILES_LARGE_WEIGHT = 200 * 200
+# Stride 2: inputs times outputs of 3x3 for which transforms pay, multiplications that every weight which a transform adds must
+# save (it may come from memory), and added weights beyond which nothing is packed for a size that is not known.
+STRIDED_MIN_WEIGHT, STRIDED_SAVED_PER_WEIGHT, STRIDED_MOST_WEIGHTS = 512, 12, 3_600_000
 # Interpolation points beside infinity, by their number. The square roots keep the matrices well conditioned.
 _POINTS = {
     4: (0.0, 1.0, -1.0),
@@ -92,16 +93,17 @@ def algorithm_for(weight_shape: Sequence[int], images: int, height: int, width: 
 def _strided_algorithm(outputs: int, channels: int, kernel: int, images: int, height: int, width: int) -> str:
     if not _strided_pays(outputs, channels, kernel):
         return "direct"
-    found, least = "direct", 0.8 * images * height * width * kernel**2
+    before = images * height * width * kernel**2
+    found, least = "direct", 0.8 * before
     for name, (tile, kernels) in WINOGRAD.items():
         if tile < STRIDED or kernel not in kernels:
             continue
         side = tile - STRIDED
         tiles = images * -(-height // side) * -(-width // side)
         per_tile = winograd_products(kernel, channels, tile)
-        few = tiles < STRIDED_MIN_TILES or per_tile * channels * outputs > tiles * STRIDED_WEIGHT_PER_TILE
-        if not few and tiles * per_tile < least:
-            found, least = name, tiles * per_tile
+        after, added = tiles * per_tile, per_tile - kernel**2
+        if after < least and before - after >= STRIDED_SAVED_PER_WEIGHT * added:
+            found, least = name, after
     return found
 
 
@@ -124,7 +126,7 @@ def strided_default(weight_shape: Sequence[int]) -> str:
         return "direct"
     # what is large has small maps, and takes a multiple of its memory
     weight = winograd_products(kernel, channels, WINOGRAD[name][0]) * channels * outputs
-    return name if weight <= STRIDED_MIN_TILES * STRIDED_WEIGHT_PER_TILE else "direct"
+    return name if weight <= STRIDED_MOST_WEIGHTS else "direct"
 
 
 def unites_phases(kernel: int, channels: int) -> bool:

@@ -109,8 +109,8 @@ void pack_transformed(const View& w, int64_t outputs, int64_t channels, int kern
       &context);
 }
 
-// Transformed weights, in floats, that one tile's work pays for reading.
-constexpr int64_t kStridedWeightPerTile = 450000;
+// Multiplications that every weight which a transform for stride 2 adds must save: it may come from memory.
+constexpr int64_t kSavedPerWeight = 12;
 
 // Winograd pays from a few tiles up: fewer read its many weights for too little work. And its tiles must not be mostly empty.
 bool use_winograd(const CompactForward& f, int64_t images) {
@@ -125,10 +125,10 @@ bool use_winograd(const CompactForward& f, int64_t images) {
   };
   const int64_t tiles = images * tiles_along(s.out_h, s.dil_h) * tiles_along(s.out_w, s.dil_w);
   const int64_t products = winograd_products(s.kh, s.channels, f.tile);
-  if (tiles * products * 5 > images * s.out_h * s.out_w * s.kh * s.kw * 4) return false;
-  if (stride == 1) return tiles >= 4;
-  // The transform for stride 2 is nine times the weight and more; winograd.py has the same rule.
-  return tiles >= 8 && products * s.channels * s.outputs <= tiles * kStridedWeightPerTile;
+  const int64_t before = images * s.out_h * s.out_w * s.kh * s.kw, after = tiles * products;
+  if (after * 5 > before * 4) return false;
+  // winograd.py has the same rules.
+  return stride == 1 ? tiles >= 4 : before - after >= kSavedPerWeight * (products - s.kh * s.kw);
 }
 
 template <class T>

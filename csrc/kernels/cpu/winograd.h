@@ -5,8 +5,8 @@
 
 template <int Bytes, int W, int P, bool Tail, int MR, int... I>
 static inline __attribute__((always_inline)) void product_body(const float* a, const ChannelBlocks& blocks, const float* weight,
-                                                               int64_t panel_stride, int phases, float* out, int64_t out_stride,
-                                                               std::integer_sequence<int, I...>) {
+                                                               int64_t panel_stride, int phases, int64_t ahead, float* out,
+                                                               int64_t out_stride, std::integer_sequence<int, I...>) {
   using V = typename Simd<float, Bytes>::reg;
   constexpr int L = Simd<float, Bytes>::lanes, per_panel = W / L, NV = per_panel * P;
   V acc[MR * NV] = {};
@@ -19,6 +19,7 @@ static inline __attribute__((always_inline)) void product_body(const float* a, c
       const float* const end = at + (block == 1 ? blocks.last_end : kChannelBlock);
       for (; x < end; ++x) {
         V b[NV];
+        for (int i = 0; i < P; ++i) __builtin_prefetch(panel[i] + ahead, 0, 2);
         for (int v = 0; v < NV; ++v) b[v] = load_panel<V, Tail>(panel[v / per_panel] + v % per_panel * L, v == NV - 1);
         ((acc[I] += x[I / NV * kChannelBlock] * b[I % NV]), ...);
         for (int i = 0; i < P; ++i) panel[i] += Tail && i == P - 1 ? 8 : W;
@@ -29,13 +30,13 @@ static inline __attribute__((always_inline)) void product_body(const float* a, c
 }
 
 using ProductFn = void (*)(const float* a, const ChannelBlocks& blocks, const float* weight, int64_t panel_stride, int phases,
-                           float* out, int64_t out_stride);
+                           int64_t ahead, float* out, int64_t out_stride);
 
 template <int Bytes, int W, int P, bool Tail, int MR>
 static void product(const float* a, const ChannelBlocks& blocks, const float* weight, int64_t panel_stride, int phases,
-                    float* out, int64_t out_stride) {
+                    int64_t ahead, float* out, int64_t out_stride) {
   constexpr int NV = W / Simd<float, Bytes>::lanes * P;
-  product_body<Bytes, W, P, Tail, MR>(a, blocks, weight, panel_stride, phases, out, out_stride,
+  product_body<Bytes, W, P, Tail, MR>(a, blocks, weight, panel_stride, phases, ahead, out, out_stride,
                                       std::make_integer_sequence<int, MR * NV>());
 }
 
@@ -255,7 +256,9 @@ static void run_products(const TapConv& p, const TileBlocks& t, const ChannelBlo
       const float* a = s.inputs + begin / group_rows * cb.group + offset * cb.point;
       for (int64_t c = 0; c < calls; ++c) {
         const int64_t row = used * c / calls, size = used * (c + 1) / calls - row;
-        set.fn[size](a + row * kChannelBlock, cb, weight, to_next, phases,
+        // The last pass over these weights fetches those of the next point.
+        const int64_t ahead = c + 1 == calls && begin + used == count ? phases * channels * W : 0;
+        set.fn[size](a + row * kChannelBlock, cb, weight, to_next, phases, ahead,
                      s.products + ((begin + row) * points + point) * width, points * width);
       }
     }
