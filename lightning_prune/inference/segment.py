@@ -21,6 +21,7 @@ _VERSION, _NONE, _INPUT, _OUTPUT, _INSIDE = 2, -1, -2, -3, -4
 _CONV, _MAX_POOL = 0, 1
 _ALIGN = 16  # floats
 _SMALL = 14 * 14  # pixels; one image has too few tiles of them to keep a weight busy
+_FEW = 7 * 7  # pixels; fewer gain nothing from going through several layers row by row
 Shape = tuple[int, int, int]
 
 
@@ -303,15 +304,12 @@ def _segment(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.Node]) 
 
 
 def _inside(network: fx.GraphModule, run: list[fx.Node]) -> set[fx.Node]:
-    """Maps that need not be whole: behind a depthwise convolution before a 1x1, and between a 1x1 and such a pair.
-
-    The innermost layers of small maps are left out: there a few rows are the whole map.
-    """
+    """Maps that need not be whole: between a depthwise convolution and a 1x1 behind it, and between a 1x1 and such a pair."""
     inside: set[fx.Node] = set()
     readers = {node: [later for later in run if node in later.all_input_nodes] for node in run}
     for before, node, after in zip(run, run[1:], run[2:], strict=False):
         _, height, width = _known(node)
-        if not _is_depthwise(network, node) or readers[node] != [after] or height * width < _SMALL:
+        if not _is_depthwise(network, node) or readers[node] != [after] or height * width < _FEW:
             continue
         if not _is_1x1(network, after) or after.args.index(node) != 0 or node in after.args[1:]:
             continue

@@ -2,14 +2,15 @@
 // are never whole: a few rows at a time go through all three layers and stay in the cache. The first layer may be missing.
 // Included once per instruction set (see simd.h).
 
-// Rows of the output that go through together.
-constexpr int64_t kStripRows = 2;
+// Pixels of the output that go through together, at least: in whole pairs of rows.
+constexpr int64_t kStripPixels = 56;
 
 static void inverted_residual(const InvertedResidual& p, const Env& env) {
   const int64_t channels = round_up(p.inner, 8), step = round_up(p.inner, kPanel);
   const bool expand = p.expand.weight != nullptr;
-  const int64_t ring_rows = expand ? (kStripRows - 1) * p.stride + 3 : 0, ring_row = (p.width + 2) * step;
-  const int64_t slot_floats = ring_rows * ring_row + kStripRows * p.cols * step;
+  const int64_t strip = round_up(std::min(p.rows, (kStripPixels + p.cols - 1) / p.cols), 2);
+  const int64_t ring_rows = expand ? (strip - 1) * p.stride + 3 : 0, ring_row = (p.width + 2) * step;
+  const int64_t slot_floats = ring_rows * ring_row + strip * p.cols * step;
   const int64_t bands = std::min(p.rows, std::max<int64_t>(1, env.threads / std::max<int64_t>(1, p.n)));
   const int64_t tasks = p.n * bands, slots = std::min<int64_t>(env.threads, tasks);
   // Without expanded rows of its own the input must have room for whole vectors.
@@ -59,8 +60,8 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
     last.near = false;
     const int64_t end = p.rows * (band + 1) / bands;
     int64_t next = 0;  // row of the input that has not been expanded yet
-    for (int64_t row = p.rows * band / bands; row < end; row += kStripRows) {
-      const int64_t rows = std::min(kStripRows, end - row);
+    for (int64_t row = p.rows * band / bands; row < end; row += strip) {
+      const int64_t rows = std::min(strip, end - row);
       if (expand) {
         const int64_t begin = std::max(next, row * p.stride - 1), stop = std::min(p.height, (row + rows - 1) * p.stride + 2);
         next = stop;

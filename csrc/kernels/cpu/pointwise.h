@@ -168,9 +168,6 @@ static void pointwise_pair_tile(const PointwiseTile& t) {
 }
 #endif
 
-// Small tiles: one less or more of their rows counts.
-constexpr bool kEveryRow = LP_REGISTERS == 16;
-
 struct PointwiseSet {
   int max;
   PointwiseFn fn[15], pairs[15];  // pairs: or nullptr
@@ -180,18 +177,12 @@ template <int W, int P, bool Tail, int MR>
 static void fill_pointwise(PointwiseSet& set) {
   constexpr int bytes = vector_bytes<float, W>(), limit = max_rows(W / Simd<float, bytes>::lanes * P);
   if constexpr (MR <= limit) {
-    if constexpr (kEveryRow || MR == limit || MR % 2 == 0 || MR == 1) {
-      set.fn[MR] = pointwise_tile<bytes, W, P, Tail, MR>;
+    set.fn[MR] = pointwise_tile<bytes, W, P, Tail, MR>;
 #if defined(__AVX512F__)
-      if constexpr (Tail || W == 8) set.pairs[MR] = pointwise_pair_tile<Tail, MR>;
+    if constexpr (Tail || W == 8) set.pairs[MR] = pointwise_pair_tile<Tail, MR>;
 #endif
-    }
     set.max = MR;
     fill_pointwise<W, P, Tail, MR + 1>(set);
-    if (!set.fn[MR]) {  // fewer rows: the last tile overlaps the one before
-      set.fn[MR] = set.fn[MR - 1];
-      set.pairs[MR] = set.pairs[MR - 1];
-    }
   }
 }
 
@@ -210,18 +201,15 @@ template <int W, int P, bool Tail = false>
 static void pointwise_rows(PointwiseTile t, int64_t rows) {
   const PointwiseSet& set = pointwise_set<W, P, Tail>();
   const int64_t tiles = (rows + set.max - 1) / set.max;
-  int64_t size = (rows + tiles - 1) / tiles;
-  if (!kEveryRow && size % 2 == 1 && size > 1 && size < set.max) size += size + 1 <= rows ? 1 : -1;
   const PointwiseTile start = t;
   // An odd input left over in every run would cost more than pairs save.
-  const bool pairs = set.pairs[size] && (t.runs == 1 || t.run_length[0] % 2 == 0);
-  const PointwiseFn fn = pairs ? set.pairs[size] : set.fn[size];
-  for (int64_t done = 0; done < rows; done += size) {
-    const int64_t row = std::min(done, rows - size);  // repeating a row gives the same values again
+  const bool pairs = set.pairs[1] && (t.runs == 1 || t.run_length[0] % 2 == 0);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t row = rows * i / tiles, size = rows * (i + 1) / tiles - row;
     t.x = start.x + row * t.ldx;
     t.y = start.y + row * t.ldy;
     if (t.residual) t.residual = start.residual + row * t.ldr;
-    fn(t);
+    (pairs ? set.pairs : set.fn)[size](t);
   }
 }
 
