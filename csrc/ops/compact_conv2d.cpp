@@ -81,11 +81,9 @@ bool rows_of_channels(const Tensor& x) {
          (size[0] == 1 || stride[0] == size[2] * size[3] * pitch);
 }
 
-Tensor padded_output(const Tensor& like, const Sizes& shape) {
+Tensor with_room(const Tensor& like, const Sizes& shape) {
   const Sizes room{shape[0], cuda::round_up(shape[1], 8), shape[2], shape[3]};
-  Tensor y =
-      torch::stable::empty(room, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
-  return room[1] == shape[1] ? y : torch::stable::narrow(y, 1, 0, shape[1]);
+  return torch::stable::empty(room, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
 }
 
 Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups, const std::string& algorithm) {
@@ -172,7 +170,8 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
     fail(op, ": residual must be ", dtype_name(x.scalar_type()), " of shape ", show(y_shape), " on x's device; got ",
          dtype_name(residual->scalar_type()), " of shape ", show_shape(*residual));
   const bool padded = in_rows && rows_of_channels(x);
-  Tensor y = padded ? padded_output(x, y_shape) : new_output(x, y_shape);
+  Tensor room = padded ? with_room(x, y_shape) : new_output(x, y_shape);
+  const Tensor y = room.size(1) == y_channels ? room : torch::stable::narrow(room, 1, 0, y_channels);
   CompactForward f{};
   f.shape = s;
   f.dtype = storage_type(x.scalar_type());
@@ -197,6 +196,8 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
                       element * cuda::tensor_weight_begin(s.outputs, per_group, s.kh * s.kw, s.groups);
     f.bias_is_float = shift && shift->scalar_type() == ScalarType::Float;
   }
+  // What lies behind the channels is read by others, with weights of zero: the tensor-core kernels write it.
+  if (room.size(1) > y_channels && (out || !cuda::tensor_cores_take(f))) torch::stable::zero_(room);
   if (!in_rows || !cuda::tensor_cores_take(f)) {
     f.lanes = 0;
     // The CPU's kernels convert half weights themselves: the part they use.

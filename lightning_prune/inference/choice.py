@@ -58,19 +58,29 @@ def seconds(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[st
     }  # fmt: skip
     key: dict[str, Any] = {**cache.environment(device), **layer}
     found = cache.load(key)
-    if found is None or set(found) != {f"{kind}/{name}" for kind in ("vendor", "own") for name in FORMATS}:
+    wanted = {f"{kind}/{name}" for kind in ("vendor", "own") for name in FORMATS}
+    if pads(site, device):
+        wanted.add("padded/channels_last")
+    if found is None or set(found) != wanted:
         found = _measure(site, dtype, device)
         cache.store(key, found)
     return found
 
 
-def own_wins(site: ConvSite, dtype: torch.dtype, device: torch.device, memory_format: str) -> bool:
-    """Whether our kernel beats torch's by the margin on maps of this memory format.
+def pads(site: ConvSite, device: torch.device) -> bool:
+    """Whether torch's convolution is also tried at multiples of 8 channels: on a GPU, where there are others."""
+    return device.type == "cuda" and site.padded() is not None
+
+
+def fastest_kind(site: ConvSite, dtype: torch.dtype, device: torch.device, memory_format: str) -> str:
+    """Ours, "own", where it beats all others by the margin on maps of this memory format, else "vendor" or "padded".
 
     Within one format: a network runs in one, and which one is decided by timing whole networks.
     """
     times = seconds(site, dtype, device)
-    return times[f"own/{memory_format}"] * MARGIN <= times[f"vendor/{memory_format}"]
+    rivals = [kind for kind in ("vendor", "padded") if f"{kind}/{memory_format}" in times]
+    best = min(rivals, key=lambda kind: times[f"{kind}/{memory_format}"])
+    return "own" if times[f"own/{memory_format}"] * MARGIN <= times[f"{best}/{memory_format}"] else best
 
 
 def _measure(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -81,9 +91,12 @@ def _measure(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[s
     calls: dict[str, Callable[[], Tensor]] = {}
     with torch.inference_mode():
         for name, memory_format in FORMATS.items():
-            for kind, module in (("vendor", site.vendor()), ("own", own)):
+            modules: dict[str, nn.Module | None] = {"vendor": site.vendor(), "own": own}
+            if name == "channels_last" and pads(site, device):
+                modules["padded"] = site.padded()
+            for kind, module in modules.items():
                 ready = cast(nn.Module, module).to(device, dtype)
-                if kind == "vendor":
+                if kind != "own":
                     ready = ready.to(memory_format=memory_format)  # type: ignore[call-overload]
                 arguments = [x]
                 if site.residual:
@@ -93,8 +106,8 @@ def _measure(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[s
 
 
 def _laid_out(x: Tensor, memory_format: str, kind: str) -> Tensor:
-    """As the layer finds its inputs in a network of one kind: our kernels leave room behind the channels on a GPU."""
-    if x.is_cuda and kind == "own" and memory_format == "channels_last":
+    """As the layer finds its inputs in a network of one kind: on a GPU with room behind the channels, if kernels leave it."""
+    if x.is_cuda and kind != "vendor" and memory_format == "channels_last":
         return with_room(x)
     return x.contiguous(memory_format=FORMATS[memory_format])
 

@@ -17,7 +17,7 @@ from ..compaction.apply import clone_model
 from ..inputs import ExampleInputs, describe_failure, floating_dtype, to_model
 from ..latency import compare_latency
 from ..ops.tensor_cores import tf32_allowed
-from .choice import FORMATS, backend, can_run_own, own_wins
+from .choice import FORMATS, backend, can_run_own, fastest_kind, pads
 from .cuda_graph import CapturedCall, signature
 from .recorded import RecordedBlueprint
 from .segment import in_segments, takes_any_layout
@@ -40,7 +40,7 @@ class OptimizedModule(nn.Module):
         network: what runs.
         memory_format: "channels_last": 4-D inputs are converted to it; "contiguous": they are taken as they come.
         dtype: to which floating-point inputs are converted, or None.
-        layers: convolution -> "own" or "vendor", where one was replaced.
+        layers: convolution -> "own", "vendor" or "padded" (the vendor's at multiples of 8 channels), where one was replaced.
         cuda_graph: whether calls on a GPU are captured.
     """
 
@@ -254,11 +254,15 @@ def _candidates(
     vendor = [("vendor",) * len(blueprint.sites)]
     for name in FORMATS:
         kinds = [] if mode == "own" else list(vendor)
+        if mode == "auto" and name == "channels_last":
+            kinds.append(
+                tuple("padded" if pads(s, s.conv.weight.device) else "vendor" for s in blueprint.sites)
+            )
         if mode != "vendor":
             kinds.append(tuple(_kind(site, dtype, mode, name) for site in blueprint.sites))
         for choice in dict.fromkeys(kinds):
             modules: list[nn.Module] = [
-                (site.own() if kind == "own" else site.vendor()) or site.vendor()
+                getattr(site, kind)() or site.vendor()
                 for site, kind in zip(blueprint.sites, choice, strict=True)
             ]
             network = clone_model(blueprint.build(modules)).to(dtype).to(memory_format=FORMATS[name])  # type: ignore[call-overload]
@@ -290,7 +294,7 @@ def _kind(site: ConvSite, dtype: torch.dtype | None, mode: str, memory_format: s
     dtype = weight.dtype if dtype is None else dtype
     if not can_run_own(site, dtype, weight.device):
         return "vendor"
-    return "own" if mode == "own" or own_wins(site, dtype, weight.device, memory_format) else "vendor"
+    return "own" if mode == "own" else fastest_kind(site, dtype, weight.device, memory_format)
 
 
 def _fastest(candidates: list[OptimizedModule], inputs: ExampleInputs) -> OptimizedModule:

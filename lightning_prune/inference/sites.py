@@ -1,28 +1,20 @@
-"""A convolution with what can be fused into it, and the two modules that can take its place."""
+"""A convolution with what can be fused into it, and the modules that can take its place."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import CompactConv2d
 from ..nn.compact_conv2d import _fold_batch_norm
 from ..ops import ACTIVATIONS
 from ..ops.winograd import algorithm_for
-
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "relu6": lambda y: F.relu6(y, inplace=True),
-    "silu": lambda y: F.silu(y, inplace=True),
-    "hardswish": lambda y: F.hardswish(y, inplace=True),
-    "sigmoid": torch.sigmoid_,
-}
+from .in_place import IN_PLACE
+from .padded import PaddedConv2d
 
 
 class FoldedConv2d(nn.Module):
@@ -44,9 +36,9 @@ class FoldedConv2d(nn.Module):
         differentiable = torch.is_grad_enabled() and y.requires_grad
         if residual is not None:
             y = y + residual if differentiable else y.add_(residual)
-        if differentiable or self.activation not in _IN_PLACE:
+        if differentiable or self.activation not in IN_PLACE:
             return ACTIVATIONS[self.activation](y)
-        return _IN_PLACE[self.activation](y)
+        return IN_PLACE[self.activation](y)
 
     def extra_repr(self) -> str:
         """The activation."""
@@ -85,6 +77,12 @@ class ConvSite:
     def vendor(self) -> FoldedConv2d:
         """The module that runs torch's convolution."""
         return FoldedConv2d(self.folded(), self.activation).eval()
+
+    def padded(self) -> PaddedConv2d | None:
+        """The module that runs torch's convolution at multiples of 8 channels; None where it has such or cannot be padded."""
+        conv = self.conv
+        fits = conv.groups == 1 and conv.padding_mode == "zeros" and any(n % 8 for n in conv.weight.shape[:2])
+        return PaddedConv2d(self.folded(), self.activation).eval() if fits else None
 
     def own(self) -> CompactConv2d | None:
         """The module that runs this package's convolution; None where it cannot (reflecting padding)."""

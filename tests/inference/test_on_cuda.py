@@ -87,5 +87,6 @@ def test_device_times_of_a_layer(dtype: torch.dtype) -> None:
     conv = nn.Conv2d(37, 41, 3, padding=1).eval().cuda()
     site = ConvSite("conv", conv, None, "relu", True, (2, 37, 14, 14))
     times = choice._measure(site, dtype, torch.device("cuda"))
-    assert set(times) == {f"{kind}/{name}" for kind in ("own", "vendor") for name in choice.FORMATS}
+    kinds = {f"{kind}/{name}" for kind in ("own", "vendor") for name in choice.FORMATS}
+    assert set(times) == {*kinds, "padded/channels_last"}
     assert all(0 < seconds < 0.1 for seconds in times.values())
