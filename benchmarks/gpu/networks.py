@@ -154,8 +154,10 @@ def line(row: dict[str, Any]) -> str:
     for name, c in row["candidates"].items():
         if "median_us" in c:
             gain = f" ({base / c['median_us']:.2f}x)" if base else ""
-            own = sum(kind == "own" for kind in row["layers"].get(name, {}).values())
-            parts.append(f"{name} {c['median_us']:.0f}us{gain} err {c['error']:.0e} own {own}")
+            kinds = list(row["layers"].get(name, {}).values())
+            parts.append(
+                f"{name} {c['median_us']:.0f}us{gain} err {c['error']:.0e} own {kinds.count('own')} padded {kinds.count('padded')}"
+            )
     return " | ".join(parts + [f"{name} FAILED: {text[:80]}" for name, text in row["failed"].items()])
 
 
