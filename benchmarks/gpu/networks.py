@@ -155,9 +155,8 @@ def line(row: dict[str, Any]) -> str:
         if "median_us" in c:
             gain = f" ({base / c['median_us']:.2f}x)" if base else ""
             kinds = list(row["layers"].get(name, {}).values())
-            parts.append(
-                f"{name} {c['median_us']:.0f}us{gain} err {c['error']:.0e} own {kinds.count('own')} padded {kinds.count('padded')}"
-            )
+            taken = f"own {kinds.count('own')} padded {kinds.count('padded')}"
+            parts.append(f"{name} {c['median_us']:.0f}us{gain} err {c['error']:.0e} {taken}")
     return " | ".join(parts + [f"{name} FAILED: {text[:80]}" for name, text in row["failed"].items()])
 
 
