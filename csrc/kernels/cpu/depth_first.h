@@ -16,8 +16,9 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
   // Without expanded rows of its own the input must have room for whole vectors.
   const int64_t wide = expand || p.x_room ? channels : p.inner;
   const DepthwiseWeights w = depthwise_weights(env, p.depthwise.weight, p.depthwise.shift, 9, p.inner, wide);
-  float* zeros = static_cast<float*>(env.alloc(env.owner, size_t(wide) * 4));
-  memset(zeros, 0, size_t(wide) * 4);
+  const int64_t row_floats = expand ? ring_row : (p.width - 1) * p.x.w + wide;
+  float* zeros = static_cast<float*>(env.alloc(env.owner, size_t(row_floats) * 4));
+  memset(zeros, 0, size_t(row_floats) * 4);
   float* scratch = static_cast<float*>(env.alloc(env.owner, size_t(slots * slot_floats) * 4));
   const Clamp expand_bounds = clamp_of(p.expand.act), bounds = clamp_of(p.depthwise.act), last_bounds = clamp_of(p.project.act);
   const int64_t one = 0;
@@ -33,6 +34,7 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
     DepthwiseRow r{};
     r.pad = expand ? 0 : 1;
     r.width = expand ? p.width + 2 : p.width;
+    r.step = expand ? step : p.x.w;
     r.cols = p.cols;
     r.weight = w.weight;
     r.tap_stride = wide;
@@ -80,7 +82,6 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
           const int64_t h = (row + done) * p.stride - 1 + i;
           const bool inside = h >= 0 && h < p.height;
           r.in[i] = !inside ? zeros : expand ? ring + h % ring_rows * ring_row : x + h * p.x.h;
-          r.step[i] = !inside ? 0 : expand ? step : p.x.w;
         }
         r.out = inner + done * r.out_row;
         depthwise_rows(r, 3, p.stride, some, wide, Ahead::none);

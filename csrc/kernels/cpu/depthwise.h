@@ -33,9 +33,8 @@ constexpr int kDepthwiseRows = LP_REGISTERS == 32 ? 2 : 1;
 constexpr int kDepthwiseSide = 7;  // of the largest kernel
 
 struct DepthwiseRow {
-  const float* in[2 * kDepthwiseRows + kDepthwiseSide - 2];  // at the first input column; a row of the padding is a vector ...
-  int64_t step[2 * kDepthwiseRows + kDepthwiseSide - 2];     // ... of zeros that is read again and again
-  int64_t pad, width, cols;
+  const float* in[2 * kDepthwiseRows + kDepthwiseSide - 2];  // at the first input column; a row of the padding is all zeros
+  int64_t step, pad, width, cols;
   const float *weight, *shift, *residual;
   int64_t tap_stride, residual_step, residual_row;
   float* out;
@@ -82,13 +81,13 @@ static inline __attribute__((always_inline)) void depthwise_columns(const Depthw
 #pragma GCC unroll 4
       for (int c = 0; c < Cols; ++c) __builtin_prefetch(r.ahead_out + row * r.out_row + channel + (col + c) * r.out_step, 1);
   }
+  const int64_t step = r.step, at = channel + (col * Stride - r.pad) * step;
 #pragma GCC unroll 9
   for (int h = 0; h < (Rows - 1) * Stride + K; ++h) {
-    const float* in = r.in[h] + channel + (col * Stride - r.pad) * r.step[h];
+    const float* in = r.in[h] + at;
 #pragma GCC unroll 13
     for (int i = 0; i < (Cols - 1) * Stride + K; ++i) {
-      const V v = depthwise_load<Part, V>(r, in);
-      in += r.step[h];
+      const V v = depthwise_load<Part, V>(r, in + i * step);
 #pragma GCC unroll 2
       for (int row = 0; row < Rows; ++row)
 #pragma GCC unroll 4
@@ -97,16 +96,24 @@ static inline __attribute__((always_inline)) void depthwise_columns(const Depthw
             acc[row * Cols + c] += v * w[(h - row * Stride) * K + i - c * Stride];
     }
   }
+  // Read before the stores, which may alias anything behind a reference.
+  float* out = r.out + channel + col * r.out_step;
+  const float* residual = r.residual;
+  const int64_t out_step = r.out_step, out_row = r.out_row;
+  const V low = V{} + r.bounds.low, high = V{} + r.bounds.high;
+  if (residual) {
+    residual += channel + col * r.residual_step;
+#pragma GCC unroll 2
+    for (int row = 0; row < Rows; ++row)
+#pragma GCC unroll 4
+      for (int c = 0; c < Cols; ++c)
+        acc[row * Cols + c] += depthwise_load<Part, V>(r, residual + row * r.residual_row + c * r.residual_step);
+  }
 #pragma GCC unroll 2
   for (int row = 0; row < Rows; ++row)
 #pragma GCC unroll 4
-    for (int c = 0; c < Cols; ++c) {
-      V v = acc[row * Cols + c];
-      if (r.residual)
-        v += depthwise_load<Part, V>(r, r.residual + row * r.residual_row + channel + (col + c) * r.residual_step);
-      depthwise_store<Part, V>(r, r.out + row * r.out_row + channel + (col + c) * r.out_step,
-                               clamp(v, r.bounds.low, r.bounds.high));
-    }
+    for (int c = 0; c < Cols; ++c)
+      depthwise_store<Part, V>(r, out + row * out_row + c * out_step, clamp(acc[row * Cols + c], low, high));
 }
 
 // A column whose window reaches into the padding.
@@ -120,7 +127,7 @@ static inline __attribute__((always_inline)) void depthwise_edge(const Depthwise
 #pragma GCC unroll 7
     for (int kh = 0; kh < K; ++kh) {
       const int h = row * Stride + kh;
-      acc[kh] += depthwise_load<Part, V>(r, r.in[h] + channel + (first + k) * r.step[h]) * w[kh * K + k];
+      acc[kh] += depthwise_load<Part, V>(r, r.in[h] + channel + (first + k) * r.step) * w[kh * K + k];
     }
   }
   V sum = acc[0];
@@ -231,8 +238,9 @@ static bool depthwise(const TapConv& p, const Env& env) {
   const int64_t channels = p.x_room && p.out_room ? round_up(exact, 8) : exact;
   const DepthwiseWeights w =
       depthwise_weights(env, static_cast<const float*>(p.weight), static_cast<const float*>(p.shift), p.taps, exact, channels);
-  float* zeros = static_cast<float*>(env.alloc(env.owner, size_t(channels) * 4));
-  memset(zeros, 0, size_t(channels) * 4);
+  const int64_t row_floats = (p.width - 1) * p.x.w + channels;
+  float* zeros = static_cast<float*>(env.alloc(env.owner, size_t(row_floats) * 4));
+  memset(zeros, 0, size_t(row_floats) * 4);
   const int64_t wanted = env.threads > 1 ? 4 * env.threads : 1;
   const int64_t bands = std::min(p.rows, std::max<int64_t>(1, (wanted + p.n - 1) / std::max<int64_t>(1, p.n)));
   const Clamp bounds = clamp_of(p.act);
@@ -243,6 +251,7 @@ static bool depthwise(const TapConv& p, const Env& env) {
     DepthwiseRow r{};
     r.pad = -p.tap_w[0];
     r.width = p.width;
+    r.step = p.x.w;
     r.cols = p.cols;
     r.weight = w.weight;
     r.tap_stride = channels;
@@ -260,7 +269,6 @@ static bool depthwise(const TapConv& p, const Env& env) {
         const int64_t h = row * p.step_h + p.tap_h[0] + i;
         const bool inside = h >= 0 && h < p.height;
         r.in[i] = inside ? static_cast<const float*>(p.x.data) + n * p.x.n + h * p.x.h + p.in_channel[0] : zeros;
-        r.step[i] = inside ? p.x.w : 0;
       }
       r.out = static_cast<float*>(p.out.data) + n * p.out.n + row * p.out.h + p.out_channel[0];
       if (p.residual.data)
