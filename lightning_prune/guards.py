@@ -32,6 +32,7 @@ def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, config: 
         )
     if config.reconfigure_every_n_epochs:
         _refuse_copies(trainer)
+        _refuse_captured(module)
     if config.distill and not module.automatic_optimization:
         raise MisconfigurationException(
             f"distill= adds to the loss that training_step returns, but {type(module).__name__} optimizes by hand "
@@ -54,6 +55,18 @@ def _refuse_copies(trainer: pl.Trainer) -> None:
             f"reconfigure_every_n_epochs= changes the shapes of the weights that {type(found).__name__} averages. Remove one "
             "of the two."
         )
+
+
+def _refuse_captured(module: pl.LightningModule) -> None:
+    """A captured CUDA graph goes on reading the memory that parameters had."""
+    for name, inner in module.named_modules():
+        forward = getattr(inner.__dict__.get("forward"), "__qualname__", "")
+        if forward.startswith("make_graphed_callables."):
+            raise MisconfigurationException(
+                f"reconfigure_every_n_epochs= gives parameters other memory, but {name or 'the module'} replays a CUDA graph "
+                "(torch.cuda.make_graphed_callables) that reads the old. Use torch.compile(mode='reduce-overhead'), which "
+                "captures again, or reconfigure_every_n_epochs=0."
+            )
 
 
 def resolve_schedule(trainer: pl.Trainer, config: PruneConfig) -> Schedule:

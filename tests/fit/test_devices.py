@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_prune import ops, skipping, timing, trace_channels
@@ -16,7 +17,8 @@ from lightning_prune.channels.groups import ChannelGraph
 from lightning_prune.reconfigure import Reconfigurer
 from lightning_prune.skipping import DeadChannelSkipper, aligned_groups
 from lightning_prune.weights import WeightKeeper
-from tests.fit.reconfiguring import NETWORKS
+from tests.fit.reconfiguring import NETWORKS, Module, pruner
+from tests.fit.toys import loader, trainer
 
 
 class Net(nn.Module):
@@ -184,3 +186,24 @@ def test_ten_cuts(device: torch.device, kind: str, compiled: bool) -> None:
         assert state["step"].dim() == 0
         torch.testing.assert_close(run(x) if cut == 9 else model(x), twin(x), rtol=1e-9, atol=1e-9)
     assert len(graphs) == (11 if compiled else 0)
+
+
+def make_graphed_callables(module: nn.Module) -> None:
+    """What torch.cuda.make_graphed_callables leaves on a module, without a GPU."""
+
+    def new_fwd(x: Tensor) -> Tensor:
+        return type(module).forward(module, x)
+
+    module.forward = new_fwd  # type: ignore[method-assign]
+
+
+def test_captured_modules_are_refused(device: torch.device) -> None:
+    module = Module().to(device)
+    if device.type == "cuda":
+        torch.cuda.make_graphed_callables(
+            module.net.fc2, (torch.randn(4, 20, device=device, requires_grad=True),)
+        )
+    else:
+        make_graphed_callables(module.net.fc2)
+    with pytest.raises(MisconfigurationException, match=r"net\.fc2 replays a CUDA graph"):
+        trainer([pruner(1)], 3).fit(module, loader())
