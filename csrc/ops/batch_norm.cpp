@@ -93,6 +93,13 @@ NormArguments check(const char* op, const Tensor& x, const std::optional<Tensor>
   return a;
 }
 
+// A vector of which the kernels write the live channels: zeros, unless that is all of them.
+Tensor new_vector(const NormArguments& a, int64_t length) {
+  const bool all_written = !a.live && a.p.n * a.p.pixels > 0;
+  if (!all_written) return zeros_on(a.x, {length}, vector_type(a.x));
+  return torch::stable::empty({length}, vector_type(a.x), std::nullopt, a.x.device());
+}
+
 Tensor copy_of(const Tensor& t) {
   Tensor copy = torch::stable::empty({t.size(0)}, t.scalar_type(), std::nullopt, t.device());
   return torch::stable::copy_(copy, t);
@@ -109,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& x, const std::op
   Tensor y = new_output(a.x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   const auto moments = [&](const char* name, const std::optional<Tensor>& given) {
     const ScalarType type = vector_type(x);
-    return given ? copy_of(vector_argument(op, name, *given, a.channels, x, type)) : zeros_on(x, {a.channels}, type);
+    return given ? copy_of(vector_argument(op, name, *given, a.channels, x, type)) : new_vector(a, a.channels);
   };
   Tensor used_mean = moments("mean", mean), used_var = moments("var", var);
   a.p.y = y.data_ptr();
@@ -144,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   Tensor grad_x = new_output(a.x, need_x ? map : none), grad_residual = new_output(a.x, need_residual ? map : none);
   Tensor vectors[3];
   const bool needs[3] = {need_weight, need_bias, need_gate};
-  for (int i = 0; i < 3; ++i) vectors[i] = zeros_on(x, {needs[i] ? a.channels : 0}, vector_type(x));
+  for (int i = 0; i < 3; ++i) vectors[i] = new_vector(a, needs[i] ? a.channels : 0);
   BatchNorm& p = a.p;
   p.grad_y = grad.data_ptr();
   p.mean = means.data_ptr();

@@ -85,6 +85,9 @@ def update_running(
         count: values per channel.
         momentum: share of the batch.
     """
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     unbiased = var * (count / max(count - 1, 1))
-    running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    running, of_batch = (
+        [running_mean, running_var],
+        [mean.to(running_mean.dtype), unbiased.to(running_var.dtype)],
+    )
+    torch._foreach_lerp_(running, of_batch, momentum)  # on a GPU one launch for both
