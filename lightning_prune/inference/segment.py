@@ -71,14 +71,16 @@ class CompactSegment(nn.Module):
             y: Tensor = self.layers(x)
             return y
         tensors: list[Tensor] = []
+        modules = self.layers._modules
         for name in self._names:
-            layer = self.layers._modules[name]
-            if layer._forward_hooks or layer._forward_pre_hooks:  # type: ignore[union-attr]
+            layer: dict[str, Any] = modules[
+                name
+            ].__dict__  # attributes of modules are slow, and these are many
+            if layer["_forward_hooks"] or layer["_forward_pre_hooks"]:
                 hooked: Tensor = self.layers(x)
                 return hooked
-            buffers = layer._buffers  # type: ignore[union-attr]
+            buffers = layer["_buffers"]
             packed, bias = buffers["packed"], buffers["bias"]
-            assert packed is not None
             tensors += (packed, packed if bias is None else bias)
         result: Tensor = torch.ops.lightning_prune.compact_segment(x, tensors, self.program)
         return result
