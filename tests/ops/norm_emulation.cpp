@@ -65,6 +65,23 @@ void run_type(const BatchNorm& p, const Setting& s, bool forward, int64_t* used)
 }
 }  // namespace
 
+// lines, columns, width, rows, slabs, parts, lines per part, shared memory of the sums and of the backward pass in bytes.
+extern "C" void norm_plan_of(int64_t pixels, int64_t channels, int last, int lanes, int bytes, int processors, int64_t* out) {
+  BatchNorm p{};
+  p.n = 1, p.pixels = pixels, p.channels = channels, p.channels_last = last != 0;
+  const NormPlan l = norm_plan(p, lanes, processors);
+  const int64_t found[] = {l.lines,
+                           l.columns,
+                           l.width,
+                           l.rows,
+                           l.slabs,
+                           l.parts,
+                           l.lines_per_part,
+                           norm_sums_bytes(l, lanes, bytes, last),
+                           norm_apply_bytes(l, lanes, bytes, last, true)};
+  std::copy(std::begin(found), std::end(found), out);
+}
+
 // sizes: n, channels, pixels, channels_last, length of the vectors, live count (-1: all), length of place (0: none).
 // maps: x, residual, y, grad_y, grad_x, grad_residual. vectors: weight, bias, gate, mean, var, their gradients (3).
 // used: parts, slabs, width, repeat, lanes.

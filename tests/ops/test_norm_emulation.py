@@ -267,3 +267,31 @@ def test_the_order_of_blocks_does_not_change_a_bit(emulator: ctypes.CDLL) -> Non
     first, second = (emulate(emulator, case)[0] for case in cases_)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+@given(
+    pixels=st.integers(1, 2**22),
+    channels=st.integers(1, 5000),
+    last=st.booleans(),
+    lanes=st.sampled_from([1, 2, 4, 8]),
+    processors=st.sampled_from([1, 20, 132]),
+)
+@settings(max_examples=200, deadline=None)
+def test_plans_cover_the_map(
+    emulator: ctypes.CDLL, pixels: int, channels: int, last: bool, lanes: int, processors: int
+) -> None:
+    pixels = pixels if last else -(-pixels // lanes) * lanes
+    sum_bytes, out = 8 if lanes == 2 else 4, (ctypes.c_int64 * 9)()
+    emulator.norm_plan_of(
+        ctypes.c_int64(pixels), ctypes.c_int64(channels), int(last), lanes, sum_bytes, processors, out
+    )
+    lines, columns, width, rows, slabs, parts, per_part, sums, tables = out
+    assert width * rows <= 256 < width * (rows + 1)
+    assert (slabs - 1) * width < columns <= slabs * width
+    assert (parts - 1) * per_part < lines <= parts * per_part
+    assert parts * slabs <= max(slabs, 4 * processors + slabs)
+    assert max(sums, tables) <= 48 << 10
+    if last:
+        assert lines * columns * lanes >= pixels * channels > (lines - 1) * columns * lanes
+    else:
+        assert lines * lanes * channels == pixels * channels
