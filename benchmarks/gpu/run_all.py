@@ -95,7 +95,7 @@ def sections(device: str) -> list[Section]:
         benchmark("ceilings", 25),
         benchmark("layers", 100),
         benchmark("norms", 40),
-        benchmark("training", 70),
+        benchmark("training", 90),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         benchmark("networks", 90),

@@ -114,6 +114,18 @@ def test_autocast(device: torch.device) -> None:
         assert float((a - b).norm() / b.norm().clamp(min=1e-3)) < 5e-2
 
 
+def test_compact_maps_under_autocast_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does with convolutions under autocast, and with norms where the kernel may not run, on the CPU."""
+    model, twin, _, mask, x = networks(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("lightning_prune.live_maps.only_plain_calls", lambda device, cast: False)
+    model.widths.clear()
+    found, expected = step(model, x, autocast=True), step(twin, x, autocast=True)
+    assert model.widths == [live(twin, x, mask)]
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert float((a - b).norm() / b.norm().clamp(min=1e-3)) < 5e-2
+
+
 def test_a_group_keeps_a_multiple_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin, skipper, mask, x = networks(torch.device("cpu"), torch.float64)
     graph = trace_channels(copy.deepcopy(twin), x[:1])
