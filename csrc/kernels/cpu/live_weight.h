@@ -65,19 +65,17 @@ void spread_weight(const Env& env, const ConvShape& s, const View& from, const I
       s.outputs,
       [](int64_t begin, int64_t end, void* ctx) {
         const Context& k = *static_cast<Context*>(ctx);
+        // At once, because a long run is filled without reading it first.
+        const int64_t size = k.s.channels * k.s.kh * k.s.kw;
+        std::memset(k.grad + begin * size, 0, size_t((end - begin) * size) * sizeof(T));
         for (int64_t o = begin; o < end; ++o) {
-          T* row = k.grad + o * k.step[0];
-          if (k.place[o] < 0) {
-            std::memset(row, 0, size_t(k.s.channels * k.s.kh * k.s.kw) * sizeof(T));
-            continue;
-          }
+          if (k.place[o] < 0) continue;
+          T* row = k.grad + o * size;
           const T* live = static_cast<const T*>(k.from.data) + k.place[o] * k.from.n;
-          if (k.step[1] != 1) std::memset(row, 0, size_t(k.s.channels * k.s.kh * k.s.kw) * sizeof(T));
           for (int64_t h = 0; h < k.s.kh; ++h)
             for (int64_t v = 0; v < k.s.kw; ++v) {
               T* to = row + h * k.step[2] + v * k.step[3];
               const T* values = live + h * k.from.h + v * k.from.w;
-              if (k.step[1] == 1) std::memset(to, 0, size_t(k.s.channels) * sizeof(T));
               for (int64_t i = 0; i < k.ins.count; ++i) to[k.ins[i] * k.step[1]] = values[i * k.from.c];
             }
         }
