@@ -37,9 +37,9 @@ from lightning_prune.report import to_text, write_json
 TARGET = 0.25
 #: arguments of ``ChannelPruning`` per way; the first is what the others are compared with
 WAYS: dict[str, dict[str, Any]] = {
-    "masks": {"dead_channel_skipping": False},
+    "masks": {"dead_channel_skipping": False, "reconfigure_every_n_epochs": 0},
     "cut": {"dead_channel_skipping": False, "reconfigure_every_n_epochs": 1},
-    "skipping": {"dead_channel_skipping": True},
+    "skipping": {"dead_channel_skipping": True, "reconfigure_every_n_epochs": 0},
     "skipping + cut": {"dead_channel_skipping": True, "reconfigure_every_n_epochs": 1},
 }
 

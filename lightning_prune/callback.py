@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -17,7 +17,7 @@ from .config import PruneConfig, load_plan
 from .distributed import mean_over_ranks, rewrap_ddp
 from .errors import PlanError
 from .fit import PruningFit
-from .guards import refuse_late_rewind, refuse_unsupported, resolve_schedule
+from .guards import refuse_late_rewind, refuse_unsupported, resolve_schedule, why_full_size
 from .inputs import ExampleInputs, batch_size
 from .meter import TrainingMeter
 from .monitor import Plateau
@@ -86,7 +86,8 @@ class ChannelPruning(pl.Callback):
             :class:`lightning_prune.skipping.DeadChannelSkipper`); the same numbers up to rounding.
         reconfigure_every_n_epochs: cut dead channels out of the module itself, and of its optimizers' states, at the end of
             every so many epochs and when channels are selected: steps get as fast, and need as little memory, as those of the
-            small network. Checkpoints stay full-size, and so is the module again when the fit is over. 0: never.
+            small network. Checkpoints stay full-size, and so is the module again when the fit is over. ``"auto"``: when
+            channels are selected, unless somebody else could notice (``guards.why_full_size``). 0: never.
         seed: for ``method="random"``.
 
     Attributes:
@@ -139,7 +140,7 @@ class ChannelPruning(pl.Callback):
         example_inputs: ExampleInputs | None = None,
         compact_on_fit_end: bool = True,
         dead_channel_skipping: bool = True,
-        reconfigure_every_n_epochs: int = 0,
+        reconfigure_every_n_epochs: int | Literal["auto"] = "auto",
         seed: int = 0,
     ) -> None:
         self.config = PruneConfig(
@@ -247,6 +248,7 @@ class ChannelPruning(pl.Callback):
                 progress,
                 optimizers=lambda: trainer.optimizers,
                 rewrap=lambda: rewrap_ddp(trainer),
+                full_size=why_full_size(trainer, pl_module, self._fit.prunable),
             )
         self._resumed = {}
 
@@ -330,7 +332,7 @@ class ChannelPruning(pl.Callback):
             stop |= self._plateau.reached(trainer)
         if stop:
             trainer.should_stop = True
-        every = self.config.reconfigure_every_n_epochs
+        every = self.config.cut_every
         if every and (trainer.current_epoch + 1) % every == 0 and not stop:
             self._fit.reconfigure(pl_module)
 

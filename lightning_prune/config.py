@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .budget import RAMPS
 from .compaction import CompactionPlan
@@ -86,7 +86,7 @@ class PruneConfig:
     recalibrate: bool | int = False
     reentry_until: float = 0.0
     penalty_weights: Mapping[str, float] | None = None
-    reconfigure_every_n_epochs: int = 0
+    reconfigure_every_n_epochs: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         check_fraction("target", self.target)
@@ -100,7 +100,8 @@ class PruneConfig:
         check_positive("round_to", self.round_to)
         check_positive("min_channels", self.min_channels)
         check_positive("alternate_every_n_steps", self.alternate_every_n_steps, least=0)
-        check_positive("reconfigure_every_n_epochs", self.reconfigure_every_n_epochs, least=0)
+        if self.reconfigure_every_n_epochs != "auto":
+            check_positive("reconfigure_every_n_epochs", self.reconfigure_every_n_epochs, least=0)
         check_number("weight_l1", self.weight_l1)
         check_number("weight_l2", self.weight_l2)
         check_number("snap_threshold", self.snap_threshold)
@@ -133,6 +134,12 @@ class PruneConfig:
             raise ValueError(
                 f"learn_epochs must be at least 1 for method={self.method!r}, which learns its masks; got 0"
             )
+
+    @property
+    def cut_every(self) -> int:
+        """Epochs between cuts that were asked for; 0: none were."""
+        every = self.reconfigure_every_n_epochs
+        return every if every != "auto" else 0
 
     @property
     def learned(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from .config import PruneConfig
 from .cost import Cost, CostModel
 from .criteria import saliency
 from .distillation import Distiller, logit_calls
+from .errors import CompactionError
 from .inputs import ExampleInputs, floating_dtype, to_model
 from .latency_budget import measured_seconds
 from .latency_cost import measure_latency_cost
@@ -35,6 +37,9 @@ from .weights import WeightKeeper, first_convolution
 _STEPS_BETWEEN_CUTS = 2
 #: averages a tensor over the ranks of a distributed run
 Reduce = Callable[[Tensor], Tensor]
+
+
+_log = logging.getLogger(__name__)
 
 
 class PruningFit:
@@ -63,6 +68,7 @@ class PruningFit:
         self.keeper: WeightKeeper | None = None
         self.skipper: DeadChannelSkipper | None = None
         self.reconfigurer: Reconfigurer | None = None
+        self._auto = config.reconfigure_every_n_epochs == "auto"
         self._held: Mask = np.ones(self.graph.num_channels, dtype=bool)
         self.early: dict[str, Tensor] | None = None
         self.distiller: Distiller | None = None
@@ -91,11 +97,12 @@ class PruningFit:
         *,
         optimizers: Callable[[], Iterable[torch.optim.Optimizer]] = tuple,
         rewrap: Callable[[], None] = lambda: None,
+        full_size: str | None = None,
     ) -> None:
         """The model is on its device: take up a checkpoint's ``state`` (empty: none), or hold the given plan.
 
         ``progress`` is told of the layers whose latency is measured, see ``measure_latency_cost``; ``optimizers`` and
-        ``rewrap`` are for :class:`Reconfigurer`.
+        ``rewrap`` are for :class:`Reconfigurer`; ``full_size`` says why nothing is cut unless it is asked for.
         """
         config = self.config
         self.keeper = WeightKeeper(model, self.graph)
@@ -105,9 +112,11 @@ class PruningFit:
             self.chooser.check()
         if config.dead_channel_skipping:
             # what dies until the next cut is not worth many comparisons
-            steps = _STEPS_BETWEEN_CUTS if config.reconfigure_every_n_epochs else 10
+            steps = _STEPS_BETWEEN_CUTS if config.cut_every else 10
             self.skipper = DeadChannelSkipper(model, self.graph, self._inputs_for(model), steps=steps)
-        if config.reconfigure_every_n_epochs:
+        if self._auto and full_size is not None:
+            _log.info("dead channels stay in the network while it trains: %s", full_size)
+        elif config.reconfigure_every_n_epochs:
             self.reconfigurer = Reconfigurer(model, self.graph, optimizers, rewrap, self._follow)
         if config.distill:
             self.distiller = Distiller(self._network_calls, config.distill, config.distill_temperature)
@@ -133,7 +142,7 @@ class PruningFit:
             warn_if_symmetric(model, self.graph)
         if self.plan is not None:
             self.reconfigure(model)
-        elif self.reconfigurer is not None and state.get("cut"):
+        elif self.reconfigurer is not None and not self._auto and state.get("cut"):
             mask = np.ones(self.graph.num_channels, dtype=bool)
             mask[state["cut"]] = False
             self.reconfigurer.cut(mask, self._inputs_for(model))
@@ -196,7 +205,16 @@ class PruningFit:
         """
         if self.reconfigurer is None or (self.plan is None and self.learner is None):
             return False
-        return self.reconfigurer.cut(self._held, self._inputs_for(model))
+        if not self._auto:
+            return self.reconfigurer.cut(self._held, self._inputs_for(model))
+        if self.plan is None:
+            return False
+        try:
+            return self.reconfigurer.cut(self._held, self._inputs_for(model))
+        except CompactionError as error:
+            _log.info("dead channels stay in the network while it trains: %s", error)
+            self.reconfigurer = None
+            return False
 
     def _follow(self, graph: ChannelGraph) -> None:
         """The network's tensors have been cut, or are whole again."""
@@ -304,6 +322,11 @@ class PruningFit:
                 self.keeper.project_to_sphere()
         if self.reconfigurer is not None:
             self.reconfigurer.check_optimizers()
+
+    @property
+    def prunable(self) -> set[str]:
+        """Names of the tensors that channels may be removed from."""
+        return {member.tensor for group in self.graph.groups for member in group.members}
 
     @property
     def full_size(self) -> bool:

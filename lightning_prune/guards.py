@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+import torch
+from lightning.pytorch.callbacks import (
+    LambdaCallback,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -12,6 +20,8 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
 from .config import PruneConfig
 from .schedule import Schedule
@@ -30,7 +40,7 @@ def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, config: 
             f"metric='latency' measures one device, but the Trainer has {trainer.world_size} processes, whose "
             "measurements differ. Use devices=1, or metric='macs'."
         )
-    if config.reconfigure_every_n_epochs:
+    if config.cut_every:
         _refuse_copies(trainer)
         _refuse_captured(module)
     if config.distill and not module.automatic_optimization:
@@ -67,6 +77,66 @@ def _refuse_captured(module: pl.LightningModule) -> None:
                 "(torch.cuda.make_graphed_callables) that reads the old. Use torch.compile(mode='reduce-overhead'), which "
                 "captures again, or reconfigure_every_n_epochs=0."
             )
+
+
+#: where code that acts on weights or gradients between steps is written
+_BETWEEN_STEPS = (
+    "on_train_batch_start", "on_train_batch_end", "on_before_backward", "on_after_backward", "on_before_zero_grad",
+    "on_before_optimizer_step", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping",
+)  # fmt: skip
+_ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta")
+
+
+def why_full_size(trainer: pl.Trainer, module: pl.LightningModule, traced: Container[str]) -> str | None:
+    """What could notice that dead channels are cut out when channels are selected; None: nothing.
+
+    Cut by default, the network has to train as the masked one would: nobody else may keep or change weights or gradients
+    (code of the user's between steps, callbacks of other origins, copies of the network, averages, clipping by a norm that
+    dead channels' readers share), chance may not depend on the number of channels, and each step goes element by element.
+
+    Args:
+        trainer: of the fit that begins; its optimizers are there.
+        module: full-size.
+        traced: names of the tensors that have channels.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return f"the strategy is {type(trainer.strategy).__name__}"
+    if not module.automatic_optimization:
+        return f"{type(module).__name__} optimizes by hand"
+    exchanged = next((name for name, inner in module.named_modules() if "forward" in inner.__dict__), None)
+    if exchanged is not None:  # a captured CUDA graph, for one, which goes on reading the memory that parameters had
+        return f"{exchanged or 'the module'} has another forward than its class"
+    hook = next((name for name in _BETWEEN_STEPS if is_overridden(name, module)), None)
+    if hook is not None:
+        return f"{type(module).__name__} has its own {hook}"
+    if trainer.gradient_clip_val:
+        return "gradients are clipped"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        home = type(callback).__module__.split(".")[0]
+        unknown = home not in ("lightning", "pytorch_lightning", "lightning_prune")
+        if unknown or isinstance(
+            callback, (StochasticWeightAveraging, WeightAveraging, LambdaCallback, ModelPruning)
+        ):
+            return f"{type(callback).__name__} may keep or change weights"
+    for optimizer in trainer.optimizers:
+        if type(optimizer) not in (getattr(torch.optim, name) for name in _ELEMENTWISE):
+            return f"{type(optimizer).__name__} is not known to step each weight by itself"
+    dropouts = (nn.modules.dropout._DropoutNd, nn.RReLU)
+    if any(isinstance(m, dropouts) for m in module.modules()):
+        return "dropout would draw other numbers"
+    shapes = {
+        name: (_has_channels(name, child, traced), [tuple(p.shape) for p in child.parameters()])
+        for name, child in module.named_children()
+    }
+    for name, (of_network, sizes) in shapes.items():
+        if not of_network and sizes and any(other and sizes == theirs for other, theirs in shapes.values()):
+            return f"{name} looks like a copy of the network"
+    return None
+
+
+def _has_channels(name: str, child: nn.Module, traced: Container[str]) -> bool:
+    """Whether any parameter of a child has channels."""
+    return any(f"{name}.{own}" in traced for own, _ in child.named_parameters())
 
 
 def resolve_schedule(trainer: pl.Trainer, config: PruneConfig) -> Schedule:

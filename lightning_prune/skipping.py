@@ -179,6 +179,8 @@ class DeadChannelSkipper:
         """Skip the channels where ``mask`` (bool, shape [num_channels]) is False; their weights must be zero."""
         if self._device.type == "cuda":
             mask = aligned_groups(mask, self._graph, self._layers)
+        if not self._attached:  # what is known of the layers may be of other sizes
+            return
         wanted = self._maps.wanted if self._maps is not None else lambda: False
         for layer in self._layers:
             layer.set_mask(mask)

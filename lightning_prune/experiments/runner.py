@@ -233,7 +233,7 @@ def pruning_callback(setting: Setting, trial: Trial, data: Data, **more: Any) ->
         example_inputs=data.part("train").inputs[:2],
         seed=trial.seed,
         # which convolutions skip is decided by the clock; without, a fit can be repeated bit by bit
-        **{"dead_channel_skipping": False, **setting.pruning, **more},
+        **{"dead_channel_skipping": False, "reconfigure_every_n_epochs": 0, **setting.pruning, **more},
     )
 
 

@@ -124,7 +124,8 @@ def test_history_and_logged_metrics() -> None:
 def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(
     tmp_path: Path, stop_after: int, at_epoch_end: bool
 ) -> None:
-    options = {"warmup_epochs": 1, "learn_epochs": 2, "finetune_epochs": 3, "sphere": True, "gate_lr": 0.05}
+    options = {"warmup_epochs": 1, "learn_epochs": 2, "finetune_epochs": 3, "sphere": True, "gate_lr": 0.05,
+               "reconfigure_every_n_epochs": 0}  # fmt: skip
     whole = pruner(**options)
     reference = toy_fit([whole], max_epochs=6)
 
