@@ -109,6 +109,8 @@ def why_full_size(trainer: pl.Trainer, module: pl.LightningModule, traced: Conta
     hook = next((name for name in _BETWEEN_STEPS if is_overridden(name, module)), None)
     if hook is not None:
         return f"{type(module).__name__} has its own {hook}"
+    if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in module.parameters()):
+        return "a parameter has hooks"
     if trainer.gradient_clip_val:
         return "gradients are clipped"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

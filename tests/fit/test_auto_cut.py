@@ -118,6 +118,13 @@ class Noisy(torch.optim.SGD):
     pass
 
 
+class Hooked(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        mask = torch.ones_like(self.net.conv1.weight)
+        self.net.conv1.weight.register_hook(lambda grad: grad * mask.to(grad))
+
+
 class OwnOptimizer(Module):
     def configure_optimizers(self) -> Any:
         return Noisy(self.parameters(), lr=0.01)
@@ -131,6 +138,7 @@ OBSTACLES: dict[str, tuple[Any, list[pl.Callback], dict[str, Any]]] = {
     "optimizes by hand": (ByHand, [], {}),
     "dropout would draw": (Drops, [], {}),
     "average looks like a copy": (Copies, [], {}),
+    "a parameter has hooks": (Hooked, [], {}),
     "Noisy is not known": (OwnOptimizer, [], {}),
     "gradients are clipped": (Module, [], {"gradient_clip_val": 1.0}),
 }
