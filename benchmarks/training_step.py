@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
         nargs="*",
         type=float,
         default=list(SHARES),
-        help="shares with torch.compile as a peer (slow)",
+        help="shares with torch.compile as a peer; under a minute with `resnet20 --shares 0 0.5 --compile 0 0.5 --rounds 5`",
     )
     parser.add_argument(
         "--quick", action="store_true", help="batch 8, three rounds, no torch.compile, nothing written"
@@ -246,7 +246,8 @@ def write(rows: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> No
         "# A training step on one CPU thread\n",
         "Forward, loss, backward and SGD with momentum. Ours: the full-size network, a learned gate on every channel, dead "
         "channels at zero. Small: the compacted network of the same widths. Multiplied: the gated network with torch's "
-        "kernels. Cut: gated too, after `reconfigure_every_n_epochs` has cut the dead channels out. In brackets the memory "
+        "kernels. Cut: gated too, after `reconfigure_every_n_epochs` (by default at the selection) has cut dead channels out. "
+        "In brackets the memory "
         "format, or compiled, of the fastest peer.\n",
         *(f"- {key}: {value}" for key, value in facts.items() if key != "features"),
         "",
