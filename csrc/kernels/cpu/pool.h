@@ -1,39 +1,64 @@
-// Maximum over windows of dense channels-last maps. Included once per instruction set (see simd.h).
+// Maximum over windows of dense channels-last maps, along columns, then along rows. Included once per instruction set (see
+// simd.h).
 
 template <class V>
-static inline V larger(V best, V v) {
-  return (v > best) | (v != v) ? v : best;  // NaN wins
+static inline V larger(V a, V b) {  // NaN wins
+#if defined(__AVX512F__)
+  // The instruction returns its second operand where either is NaN; bits set in either keep that one.
+  if constexpr (sizeof(V) == 64) {
+    constexpr __mmask16 all = 0xffff;  // the unmasked form makes GCC 12 warn
+    const __m512i one = _mm512_castps_si512(_mm512_maskz_max_ps(all, a, b));
+    return V(_mm512_castsi512_ps(_mm512_or_si512(one, _mm512_castps_si512(_mm512_maskz_max_ps(all, b, a)))));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return V(_mm256_or_ps(_mm256_max_ps(a, b), _mm256_max_ps(b, a)));
+#endif
+  return (b > a) | (b != b) ? b : a;
+}
+
+template <class F>
+static inline __attribute__((always_inline)) void by_vectors(int64_t count, const F& body) {
+  using Wide = Simd<float, LP_VECTOR_BYTES>::reg;
+  const auto run = [&](auto zero) __attribute__((always_inline)) {
+    constexpr int64_t L = sizeof(zero) / 4;
+    for (int64_t i = 0; i < count; i += L) body(zero, std::min(i, count - L));  // the last vector overlaps the one before
+  };
+  if (count * 4 >= LP_VECTOR_BYTES)
+    run(Wide{});
+  else if (count >= 4)
+    run(Simd<float, 16>::reg{});
+  else
+    run(Simd<float, 4>::reg{});
 }
 
 static void max_pool(const MaxPool& p, const Env& env) {
-  const int64_t C = p.channels;
-  run_tasks(env, p.n * p.out_h, [&](int, int64_t index) {
+  const int64_t C = p.channels, line = p.width * C, padded = round_up(line, 16);
+  const int64_t tasks = p.n * p.out_h, slots = std::min<int64_t>(env.threads, tasks);
+  if (tasks == 0) return;
+  float* const lines = static_cast<float*>(env.alloc(env.owner, size_t(slots * padded) * sizeof(float)));
+  run_tasks(env, tasks, [&](int slot, int64_t index) {
     const int64_t n = index / p.out_h, row = index % p.out_h, h0 = row * p.stride_h - p.pad_h;
     const int64_t top = std::max<int64_t>(0, h0), bottom = std::min(p.height, h0 + p.kh);
-    const float* image = p.x + n * p.height * p.width * C;
-    float* y = p.y + index * p.out_w * C;
-    const auto run = [&](auto zero) __attribute__((always_inline)) {
+    const float* const first = p.x + (n * p.height + top) * line;
+    float* const tallest = lines + slot * padded;
+    by_vectors(line, [&](auto zero, int64_t i) __attribute__((always_inline)) {
       using V = decltype(zero);
-      constexpr int64_t L = sizeof(V) / 4;
-      for (int64_t col = 0; col < p.out_w; ++col, y += C) {
-        const int64_t w0 = col * p.stride_w - p.pad_w;
-        const int64_t left = std::max<int64_t>(0, w0), right = std::min(p.width, w0 + p.kw);
-        for (int64_t block = 0; block < C; block += L) {
-          const int64_t c = std::min(block, C - L);  // the last vector overlaps the one before
-          const float* line = image + (top * p.width + left) * C + c;
-          V best = load<V>(line);
-          for (int64_t h = top; h < bottom; ++h, line += p.width * C)
-            for (int64_t w = 0; w < right - left; ++w) best = larger(best, load<V>(line + w * C));
-          store<V>(y + c, best);
-        }
-      }
-    };
-    using Wide = Simd<float, LP_VECTOR_BYTES>::reg;
-    if (C * 4 >= LP_VECTOR_BYTES)
-      run(Wide{});
-    else if (C >= 4)
-      run(Simd<float, 16>::reg{});
-    else
-      run(Simd<float, 4>::reg{});
+      V best = load<V>(first + i);
+      for (int64_t h = 1; h < bottom - top; ++h) best = larger(best, load<V>(first + h * line + i));
+      store<V>(tallest + i, best);
+    });
+    float* y = p.y + index * p.out_w * C;
+    for (int64_t col = 0; col < p.out_w; ++col, y += C) {
+      const int64_t w0 = col * p.stride_w - p.pad_w;
+      const int64_t left = std::max<int64_t>(0, w0), right = std::min(p.width, w0 + p.kw);
+      const float* const from = tallest + left * C;
+      by_vectors(C, [&](auto zero, int64_t c) __attribute__((always_inline)) {
+        using V = decltype(zero);
+        V best = load<V>(from + c);
+        for (int64_t w = 1; w < right - left; ++w) best = larger(best, load<V>(from + w * C + c));
+        store<V>(y + c, best);
+      });
+    }
   });
 }

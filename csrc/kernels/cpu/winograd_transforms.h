@@ -158,19 +158,22 @@ static void winograd_input(const float* src, int64_t row, int64_t col, int64_t c
     const float* from = src + std::min(block * kChannelBlock, std::max<int64_t>(0, channels - kChannelBlock));
     for (int v = 0; v < kChannelBlock; v += L) {
       V t[N][N], in[N], out[N];
+      const float* line = from + v;
 #pragma GCC unroll 6
-      for (int j = 0; j < N; ++j) {
+      for (int j = 0; j < N; ++j, line += col) {
+        const float* const base[2] = {line, line + 4 * row};  // steps that addresses take as they are
 #pragma GCC unroll 6
-        for (int i = 0; i < N; ++i) in[i] = load<V>(from + i * row + j * col + v);
+        for (int i = 0; i < N; ++i) in[i] = load<V>(base[i / 4] + i % 4 * row);
         Winograd<M, N>::input(in, out);
 #pragma GCC unroll 6
         for (int i = 0; i < N; ++i) t[i][j] = out[i];
       }
+      float* to = dst + v;
 #pragma GCC unroll 6
       for (int i = 0; i < N; ++i) {
         Winograd<M, N>::input(t[i], out);
 #pragma GCC unroll 6
-        for (int j = 0; j < N; ++j) store<V>(dst + (i * N + j) * b.point + v, out[j]);
+        for (int j = 0; j < N; ++j, to += b.point) store<V>(to, out[j]);
       }
     }
   }
@@ -203,11 +206,12 @@ static void winograd_strided_input(const float* src, int64_t row, int64_t col, i
     for (int v = 0; v < kChannelBlock; v += L) {
       V t[2][N][window], even[N], odd[N], out[N];
       for (int j = 0; j < window; ++j) {
-        const float* line = from + j * col + v;
+        const float* const line = from + j * col + v;
+        const float* const base[3] = {line, line + 4 * row, line + 8 * row};
 #pragma GCC unroll 6
         for (int i = 0; i < N; ++i) {
-          even[i] = load<V>(line + 2 * i * row);
-          if (i < N - 1) odd[i] = load<V>(line + (2 * i + 1) * row);
+          even[i] = load<V>(base[i / 2] + i % 2 * 2 * row);
+          if (i < N - 1) odd[i] = load<V>(base[i / 2] + (i % 2 * 2 + 1) * row);
         }
         PointsOf<N>::finite(even, out);
 #pragma GCC unroll 6
@@ -239,10 +243,9 @@ static void winograd_strided_input(const float* src, int64_t row, int64_t col, i
   }
 }
 
-// products: [point][width] of one tile; finish(v, row, col, sums) takes the vectors of its pixels.
-template <int M, int N, class F>
-static inline __attribute__((always_inline)) void winograd_output(const float* products, int64_t width, int rows, int cols,
-                                                                  const F& finish) {
+// products: [point][width] of one tile, into a buffer: y[row * cols + col][width].
+template <int M, int N>
+static void winograd_output_buffer(const float* products, int64_t width, int rows, int cols, float* y) {
   const auto run = [&](auto zero, int64_t v) __attribute__((always_inline)) {
     using V = decltype(zero);
     V t[M][N], in[N], out[M];
@@ -260,7 +263,7 @@ static inline __attribute__((always_inline)) void winograd_output(const float* p
       if (i >= rows) return;
 #pragma GCC unroll 5
       for (int j = 0; j < M; ++j)
-        if (j < cols) finish(v, i, j, out[j]);
+        if (j < cols) store<V>(y + (i * cols + j) * width + v, out[j]);
     }
   };
   constexpr int L = Simd<float, LP_VECTOR_BYTES>::lanes;
@@ -268,14 +271,6 @@ static inline __attribute__((always_inline)) void winograd_output(const float* p
   for (; v + L <= width; v += L) run(Simd<float, LP_VECTOR_BYTES>::reg{}, v);
   if constexpr (L > 8)
     for (; v < width; v += 8) run(Simd<float, 32>::reg{}, v);
-}
-
-// Into a buffer: y[row * cols + col][width].
-template <int M, int N>
-static void winograd_output_buffer(const float* products, int64_t width, int rows, int cols, float* y) {
-  winograd_output<M, N>(products, width, rows, cols, [&](int64_t v, int i, int j, auto sums) __attribute__((always_inline)) {
-    store<decltype(sums)>(y + (i * cols + j) * width + v, sums);
-  });
 }
 
 // Into dense channels-last maps, with all of the epilogue. Strides are in floats.
@@ -288,14 +283,63 @@ struct TileTarget {
   Clamp bounds;
 };
 
+// A vector of a tile's outputs; Whole: of all its pixels.
+template <int M, int N, class V, bool Residual, bool Whole>
+static inline __attribute__((always_inline)) void winograd_output_vector(const float* products, int64_t width, int rows,
+                                                                         int cols, const TileTarget& to, int64_t v) {
+  V t[M][N], in[N], out[M];
+  const float* line[N];
+  for (int i = 0; i < N; ++i) line[i] = products + i * N * width;
+  int64_t at = v;
+#pragma GCC unroll 6
+  for (int j = 0; j < N; ++j, at += width) {
+#pragma GCC unroll 6
+    for (int i = 0; i < N; ++i) in[i] = load<V>(line[i] + at);
+    Winograd<M, N>::output(in, out);
+#pragma GCC unroll 5
+    for (int i = 0; i < M; ++i) t[i][j] = out[i];
+  }
+  constexpr int64_t L = sizeof(V) / 4;
+  const int64_t lanes = std::min(L, to.count - v);
+  const V shift = to.shift ? load_part<V>(to.shift + v, lanes) : V{};
+  const auto store_pixels = [&](auto full) __attribute__((always_inline)) {
+    const int64_t count = decltype(full)::value ? L : lanes;
+    float* y = to.y + v;
+    const float* const residual = Residual ? to.residual + v : nullptr;
+#pragma GCC unroll 5
+    for (int i = 0; i < M; ++i, y += to.y_row) {
+      if (!Whole && i >= rows) return;
+      Winograd<M, N>::output(t[i], out);
+      float* pixel = y;
+      const float* more = Residual ? residual + i * to.residual_row : nullptr;
+#pragma GCC unroll 5
+      for (int j = 0; j < M; ++j, pixel += to.y_col) {
+        if (!Whole && j >= cols) break;
+        V sums = out[j] + shift;
+        if constexpr (Residual) sums += load_part<V>(more + j * to.residual_col, count);
+        store_part<V>(pixel, clamp(sums, to.bounds.low, to.bounds.high), count);
+      }
+    }
+  };
+  lanes == L ? store_pixels(std::true_type()) : store_pixels(std::false_type());
+}
+
+template <int M, int N, bool Residual, bool Whole>
+static void winograd_output_maps(const float* products, int64_t width, int rows, int cols, const TileTarget& to) {
+  using V = Simd<float, LP_VECTOR_BYTES>::reg;
+  constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
+  int64_t v = 0;
+  for (; v + std::min<int64_t>(L, 9) <= to.count; v += L)
+    winograd_output_vector<M, N, V, Residual, Whole>(products, width, rows, cols, to, v);
+  for (; v < to.count; v += std::min<int64_t>(L, 8))
+    winograd_output_vector<M, N, Simd<float, (L > 8 ? 32 : LP_VECTOR_BYTES)>::reg, Residual, Whole>(products, width, rows, cols,
+                                                                                                    to, v);
+}
+
 template <int M, int N>
-static void winograd_output_maps(const float* products, int64_t width, int rows, int cols, const TileTarget& t) {
-  winograd_output<M, N>(products, width, rows, cols, [&](int64_t v, int i, int j, auto sums) __attribute__((always_inline)) {
-    using V = decltype(sums);
-    const int64_t lanes = t.count - v;
-    if (lanes <= 0) return;
-    if (t.shift) sums += load_part<V>(t.shift + v, lanes);
-    if (t.residual) sums += load_part<V>(t.residual + i * t.residual_row + j * t.residual_col + v, lanes);
-    store_part<V>(t.y + i * t.y_row + j * t.y_col + v, clamp(sums, t.bounds.low, t.bounds.high), lanes);
-  });
+static void winograd_output_maps(const float* products, int64_t width, int rows, int cols, const TileTarget& to) {
+  const bool whole = rows == M && cols == M;
+  const auto run = to.residual ? (whole ? winograd_output_maps<M, N, true, true> : winograd_output_maps<M, N, true, false>)
+                               : (whole ? winograd_output_maps<M, N, false, true> : winograd_output_maps<M, N, false, false>);
+  run(products, width, rows, cols, to);
 }
