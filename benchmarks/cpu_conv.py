@@ -116,7 +116,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def summary(results: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
-        "| class | geometric mean | worst | auto: geometric mean | worst | auto over torch on the same tensors: worst | shapes |",
+        "| class | geometric mean | worst | auto: geometric mean | worst | auto over torch, same tensors: worst | shapes |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, rows in results.items():

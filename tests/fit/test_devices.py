@@ -13,12 +13,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_prune import ops, skipping, timing, trace_channels
-from lightning_prune.channels.groups import ChannelGraph
 from lightning_prune.reconfigure import Reconfigurer
 from lightning_prune.skipping import DeadChannelSkipper, aligned_groups
 from lightning_prune.weights import WeightKeeper
 from tests.fit.reconfiguring import NETWORKS, Module, pruner
-from tests.fit.toys import loader, trainer
+from tests.fit.toys import half_dead, loader, trainer
 
 
 class Net(nn.Module):
@@ -39,17 +38,6 @@ class Net(nn.Module):
         x = F.silu(self.last(x + self.block(self.depth(x))))
         self.widths.append(x.shape[1])
         return self.head(x.mean((2, 3)))
-
-
-def half_dead(model: nn.Module, x: Tensor) -> tuple[ChannelGraph, np.ndarray]:
-    graph = trace_channels(model, x[:1])
-    mask = np.random.default_rng(3).random(graph.num_channels) >= 0.55
-    for group in graph.groups:
-        mask[group.start] = True
-    keeper = WeightKeeper(model, graph)
-    keeper.set_mask(mask)
-    keeper.zero_dead()
-    return graph, mask
 
 
 def step(model: nn.Module, x: Tensor, autocast: bool = False) -> list[Tensor]:
@@ -74,7 +62,7 @@ def networks(
     torch.manual_seed(2)
     model = Net().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(4, 3, 16, 16).to(device, dtype).contiguous(memory_format=torch.channels_last)
-    graph, mask = half_dead(model, x)
+    graph, mask = half_dead(model, x[:1], seed=3, share=0.55)
     twin = copy.deepcopy(model)
     skipper = DeadChannelSkipper(model, graph, x[:1])
     skipper.set_mask(mask)

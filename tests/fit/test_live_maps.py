@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_prune import ops, trace_channels
-from lightning_prune.channels.groups import ChannelGraph
 from lightning_prune.gates.attach import GateHooks
 from lightning_prune.skipping import DeadChannelSkipper
-from lightning_prune.weights import WeightKeeper
+from tests.fit.toys import half_dead
 
 pytestmark = pytest.mark.skipif(not ops.extension_available(), reason="no compiled extension")
 X = torch.randn(4, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -59,22 +58,10 @@ class Outer(nn.Module):
         return self.net(x)
 
 
-def half_dead(model: nn.Module) -> tuple[ChannelGraph, np.ndarray]:
-    """Zero the weights of half of the channels; at least one of every group lives."""
-    graph = trace_channels(model, X[:1])
-    mask = np.random.default_rng(1).random(graph.num_channels) >= 0.5
-    for group in graph.groups:
-        mask[group.start] = True
-    keeper = WeightKeeper(model, graph)
-    keeper.set_mask(mask)
-    keeper.zero_dead()
-    return graph, mask
-
-
 def masked(model: nn.Module) -> tuple[nn.Module, DeadChannelSkipper, np.ndarray]:
     """Half of the channels dead; the plain twin is a deep copy."""
     model = model.double()
-    graph, mask = half_dead(model)
+    graph, mask = half_dead(model, X[:1])
     skipper = DeadChannelSkipper(model, graph, X[:1])
     skipper.set_mask(mask)
     return model, skipper, mask
@@ -155,7 +142,7 @@ def test_second_derivatives_and_checkpoints() -> None:
 @pytest.mark.parametrize("first", ["gates", "skipper"])
 def test_gates_multiply_what_is_left(first: str, per_sample: bool) -> None:
     model = Net().double()
-    graph, mask = half_dead(model)
+    graph, mask = half_dead(model, X[:1])
     twin = copy.deepcopy(model)
     found = []
     for net in (model, twin):

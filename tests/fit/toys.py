@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import trace_channels
+from lightning_prune.channels.groups import ChannelGraph
+from lightning_prune.weights import WeightKeeper
 
 
 class ToyNet(nn.Module):
@@ -87,3 +92,17 @@ def toy_fit(callbacks: list[pl.Callback], max_epochs: int = 5, seed: int = 0, **
     module = ToyModule()
     trainer(callbacks, max_epochs, **options).fit(module, loader(), loader(24))
     return module
+
+
+def half_dead(
+    model: nn.Module, x: Tensor, seed: int = 1, share: float = 0.5
+) -> tuple[ChannelGraph, np.ndarray]:
+    """Zero the weights of a ``share`` of the channels, chosen at random; at least one of every group lives."""
+    graph = trace_channels(model, x)
+    mask = np.random.default_rng(seed).random(graph.num_channels) >= share
+    for group in graph.groups:
+        mask[group.start] = True
+    keeper = WeightKeeper(model, graph)
+    keeper.set_mask(mask)
+    keeper.zero_dead()
+    return graph, mask

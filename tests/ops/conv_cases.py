@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from lightning_prune import ops
-from lightning_prune.ops import _loading
+from lightning_prune.ops import _loading, reference
 
 # Largest |error| over the largest |reference| (or 1). Sums have up to a few hundred products of standard normals.
 TOLERANCE = {
@@ -134,3 +134,50 @@ def conv_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 2**16)),
     )
+
+
+def check_drawn(
+    data: st.DataObject,
+    algorithm: tuple[str, int],
+    batch: int,
+    inputs: int,
+    outputs: int,
+    size: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None:
+    """A convolution packed for ``algorithm`` (name, side of the kernel), with everything else that it can have drawn."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999), label="seed"))
+    name, kernel = algorithm
+    spans = [d * (kernel - 1) + 1 - 2 * p for d, p in zip(dilation, padding, strict=True)]
+    height, width = (max(s, span) for s, span in zip(size, spans, strict=True))
+    # Results of about one: the activations would hide the size of the sums that were rounded.
+    weight = torch.randn(outputs, inputs, kernel, kernel, generator=generator) / (kernel * inputs**0.5)
+    in_index = residual = out_index = None
+    channels = inputs
+    if data.draw(st.booleans(), label="gather"):
+        channels = inputs + 5
+        in_index = torch.randperm(channels, generator=generator)[:inputs]
+    x = torch.randn(batch, channels, height, width, generator=generator)
+    if data.draw(st.booleans(), label="channels_last"):
+        x = x.to(memory_format=torch.channels_last)
+    bias = torch.randn(outputs, generator=generator) if data.draw(st.booleans(), label="bias") else None
+    kind = data.draw(st.sampled_from(["none", "same", "scatter"]), label="residual")
+    if kind != "none":
+        total = outputs + (7 if kind == "scatter" else 0)
+        out_size = [(s - span) // stride + 1 for s, span in zip((height, width), spans, strict=True)]
+        residual = torch.randn(batch, total, *out_size, generator=generator)
+        if data.draw(st.booleans(), label="residual channels_last"):
+            residual = residual.to(memory_format=torch.channels_last)
+        if kind == "scatter":
+            out_index = torch.randperm(total, generator=generator)[:outputs]
+    activation = data.draw(st.sampled_from(sorted(ops.ACTIVATIONS)), label="activation")
+    shape = [outputs, inputs, kernel, kernel]
+    arguments = (in_index, out_index, shape, [stride, stride], list(padding), list(dilation), 1, activation)
+    packed = ops.pack_conv2d_weight(weight, 1, name)
+    y = ops.compact_conv2d(x, packed, bias, residual, *arguments)
+    double = [None if t is None else t.double() for t in (x, packed, bias, residual)]
+    expected = reference.compact_conv2d(*double, *arguments)
+    assert y.shape == expected.shape
+    assert error(y, expected) < 2e-5

@@ -16,7 +16,7 @@ from lightning_prune import ops
 from lightning_prune.nn import CompactConv2d
 from lightning_prune.ops import reference
 from lightning_prune.ops.winograd import algorithm_for, transform_matrix, transform_weight
-from tests.ops.conv_cases import error
+from tests.ops.conv_cases import check_drawn, error
 
 OP = torch.ops.lightning_prune
 CHANNELS = st.sampled_from([1, 2, 3, 8, 13, 16, 17, 29, 31, 32, 33, 37, 48, 50, 64, 90])
@@ -47,39 +47,7 @@ def test_matches_the_reference(
 ) -> None:
     if target.type == "cuda":
         pytest.skip("Winograd weights are packed on the CPU")
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999), label="seed"))
-    name, kernel = algorithm
-    spans = [d * (kernel - 1) + 1 - 2 * p for d, p in zip(dilation, padding, strict=True)]
-    height, width = (max(s, span) for s, span in zip(size, spans, strict=True))
-    # Results of about one: the activations would hide the size of the sums that were rounded.
-    weight = torch.randn(outputs, inputs, kernel, kernel, generator=generator) / (kernel * inputs**0.5)
-    in_index = residual = out_index = None
-    channels = inputs
-    if data.draw(st.booleans(), label="gather"):
-        channels = inputs + 5
-        in_index = torch.randperm(channels, generator=generator)[:inputs]
-    x = torch.randn(batch, channels, height, width, generator=generator)
-    if data.draw(st.booleans(), label="channels_last"):
-        x = x.to(memory_format=torch.channels_last)
-    bias = torch.randn(outputs, generator=generator) if data.draw(st.booleans(), label="bias") else None
-    kind = data.draw(st.sampled_from(["none", "same", "scatter"]), label="residual")
-    if kind != "none":
-        total = outputs + (7 if kind == "scatter" else 0)
-        out_size = height - spans[0] + 1, width - spans[1] + 1
-        residual = torch.randn(batch, total, *out_size, generator=generator)
-        if data.draw(st.booleans(), label="residual channels_last"):
-            residual = residual.to(memory_format=torch.channels_last)
-        if kind == "scatter":
-            out_index = torch.randperm(total, generator=generator)[:outputs]
-    activation = data.draw(st.sampled_from(sorted(ops.ACTIVATIONS)), label="activation")
-    shape = [outputs, inputs, kernel, kernel]
-    arguments = (in_index, out_index, shape, [1, 1], list(padding), list(dilation), 1, activation)
-    packed = ops.pack_conv2d_weight(weight, 1, name)
-    y = ops.compact_conv2d(x, packed, bias, residual, *arguments)
-    double = [None if t is None else t.double() for t in (x, packed, bias, residual)]
-    expected = reference.compact_conv2d(*double, *arguments)
-    assert y.shape == expected.shape
-    assert error(y, expected) < 2e-5
+    check_drawn(data, algorithm, batch, inputs, outputs, size, 1, padding, dilation)
 
 
 @pytest.mark.parametrize(("algorithm", "kernel"), [("winograd2", 3), ("winograd4", 3), ("winograd2", 5)])

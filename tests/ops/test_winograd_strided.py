@@ -20,7 +20,7 @@ from lightning_prune.ops.winograd import (
     transform_weight,
     winograd_products,
 )
-from tests.ops.conv_cases import error
+from tests.ops.conv_cases import check_drawn, error
 from tests.ops.test_winograd import inputs_of
 
 OP = torch.ops.lightning_prune
@@ -57,37 +57,7 @@ def test_matches_the_reference(
     size: tuple[int, int],
     padding: tuple[int, int],
 ) -> None:
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999), label="seed"))
-    name, kernel = case
-    height, width = (max(s, kernel - 2 * p) for s, p in zip(size, padding, strict=True))
-    weight = torch.randn(outputs, inputs, kernel, kernel, generator=generator) / (kernel * inputs**0.5)
-    in_index = residual = out_index = None
-    channels = inputs
-    if data.draw(st.booleans(), label="gather"):
-        channels = inputs + 5
-        in_index = torch.randperm(channels, generator=generator)[:inputs]
-    x = torch.randn(batch, channels, height, width, generator=generator)
-    if data.draw(st.booleans(), label="channels_last"):
-        x = x.to(memory_format=torch.channels_last)
-    bias = torch.randn(outputs, generator=generator) if data.draw(st.booleans(), label="bias") else None
-    kind = data.draw(st.sampled_from(["none", "same", "scatter"]), label="residual")
-    if kind != "none":
-        total = outputs + (7 if kind == "scatter" else 0)
-        out = [(s + 2 * p - kernel) // 2 + 1 for s, p in zip((height, width), padding, strict=True)]
-        residual = torch.randn(batch, total, *out, generator=generator)
-        if data.draw(st.booleans(), label="residual channels_last"):
-            residual = residual.to(memory_format=torch.channels_last)
-        if kind == "scatter":
-            out_index = torch.randperm(total, generator=generator)[:outputs]
-    activation = data.draw(st.sampled_from(sorted(ops.ACTIVATIONS)), label="activation")
-    shape = [outputs, inputs, kernel, kernel]
-    arguments = (in_index, out_index, shape, [2, 2], list(padding), [1, 1], 1, activation)
-    packed = ops.pack_conv2d_weight(weight, 1, name)
-    y = ops.compact_conv2d(x, packed, bias, residual, *arguments)
-    double = [None if t is None else t.double() for t in (x, packed, bias, residual)]
-    expected = reference.compact_conv2d(*double, *arguments)
-    assert y.shape == expected.shape
-    assert error(y, expected) < 2e-5
+    check_drawn(data, case, batch, inputs, outputs, size, 2, padding, (1, 1))
 
 
 @pytest.mark.parametrize(("algorithm", "kernel"), CASES)

@@ -25,6 +25,19 @@ inline const float* repeated(const Env& env, const void* values, int64_t count, 
   return found;
 }
 
+// The same problem over groups of columns: each is an output of its own.
+template <class Problem>
+void group_columns(Problem& p, int64_t together) {
+  p.shape.outputs *= together;
+  p.shape.kw += together - 1;
+  p.shape.stride_w = together;
+  p.shape.out_w /= together;
+  p.live_out = IndexList{nullptr, p.shape.outputs};
+  p.live_in = IndexList{nullptr, p.shape.channels};
+  p.compact_maps = false;
+  p.algorithm = Algorithm::direct;
+}
+
 // Runs run(problem of grouped columns) and returns true, or false.
 template <class Run>
 bool forward_by_columns(const MaskedForward& f, const Env& env, Run&& run) {
@@ -33,14 +46,7 @@ bool forward_by_columns(const MaskedForward& f, const Env& env, Run&& run) {
   const int64_t together = columns_together(s, f.algorithm, f.y, s.outputs, s.out_w);
   if (together == 1) return false;
   MaskedForward p = f;
-  p.shape.outputs = s.outputs * together;
-  p.shape.kw = s.kw + together - 1;
-  p.shape.stride_w = together;
-  p.shape.out_w = s.out_w / together;
-  p.live_out = IndexList{nullptr, p.shape.outputs};
-  p.live_in = IndexList{nullptr, s.channels};
-  p.compact_maps = false;
-  p.algorithm = Algorithm::direct;
+  group_columns(p, together);
   p.y.w = f.y.w * together;
   p.bias = repeated(env, f.bias, s.outputs, together);
   p.gate = repeated(env, f.gate, s.outputs, together);
@@ -98,14 +104,7 @@ bool weight_grad_by_columns(const MaskedBackward& f, const View& grad, const Env
   const int64_t together = columns_together(s, f.algorithm, grad, s.outputs, s.out_w);
   if (together == 1) return false;
   MaskedBackward p = f;
-  p.shape.outputs = s.outputs * together;
-  p.shape.kw = s.kw + together - 1;
-  p.shape.stride_w = together;
-  p.shape.out_w = s.out_w / together;
-  p.live_out = IndexList{nullptr, p.shape.outputs};
-  p.live_in = IndexList{nullptr, s.channels};
-  p.compact_maps = false;
-  p.algorithm = Algorithm::direct;
+  group_columns(p, together);
   p.bias = p.gate = p.in_gate = nullptr;
   p.grad_gate = p.grad_in_gate = nullptr;
   const bool wants_sums = f.grad_bias || f.grad_gate;
