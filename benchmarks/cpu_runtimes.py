@@ -19,6 +19,8 @@ HERE = Path(__file__).parent
 PACKAGES = {"ONNX Runtime": ("onnxruntime", "onnx"), "OpenVINO": ("openvino", "onnx")}
 #: rounds that are taken whatever the time limit says
 LEAST_ROUNDS = 5
+#: calls before and least calls while the clock runs: the second after other work still misses the caches
+WARM, LEAST_CALLS = 3, 3
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -99,11 +101,12 @@ def take_turns(
     """
     repeats: dict[Key, int] = {}
     for key, call in calls.items():
-        call()
+        for _ in range(WARM):
+            call()
         begin = time.process_time_ns()
         call()
         once = max(1000, time.process_time_ns() - begin)
-        repeats[key] = max(1, min(1000, round(budget * 1e9 / once)))
+        repeats[key] = max(LEAST_CALLS, min(1000, round(budget * 1e9 / once)))
     times: dict[Key, list[float]] = {key: [] for key in calls}
     order = random.Random(0)
     for number in range(rounds):
@@ -112,7 +115,8 @@ def take_turns(
         # Another order in every round: a runtime's threads may still spin while the next one runs.
         for key in order.sample(list(calls), len(calls)):
             call = calls[key]
-            call()  # the others have just used the caches
+            for _ in range(WARM):  # the others have just used the caches
+                call()
             begin = time.process_time_ns()
             for _ in range(repeats[key]):
                 call()

@@ -45,7 +45,7 @@ def measure(
         problem = Problem.of(Shape(c, c, size, 8, kernel=kernel, groups=groups))
         for name, make in makers.items():
             calls[name, c] = make(problem)
-    times = take_turns(calls, rounds, 0.0005, deadline)
+    times = take_turns(calls, rounds, 0.001, deadline)
     return {name: [round(statistics.median(times[name, c]), 2) for c in channels] for name in makers}
 
 

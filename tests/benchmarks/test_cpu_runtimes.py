@@ -20,13 +20,14 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rounds_take_turns_and_end_in_time() -> None:
-    from cpu_runtimes import LEAST_ROUNDS, take_turns
+    from cpu_runtimes import LEAST_CALLS, LEAST_ROUNDS, WARM, take_turns
 
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in ("a", "b", "c")}
     times = take_turns(calls, 9, 0.0, time.monotonic() + 60)
     assert {name: len(values) for name, values in times.items()} == {"a": 9, "b": 9, "c": 9}
-    rounds = [order[i : i + 6 : 2] for i in range(6, len(order), 6)]  # each call is warmed up, then timed
+    each, first = WARM + LEAST_CALLS, 3 * (WARM + 1)  # each call is warmed up, then timed
+    rounds = [order[i : i + 3 * each : each] for i in range(first, len(order), 3 * each)]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len({tuple(names) for names in rounds}) > 1
     late = take_turns(calls, 9, 0.0, time.monotonic() - 1)
