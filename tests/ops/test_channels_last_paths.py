@@ -96,6 +96,27 @@ def test_pointwise(
     check(x, weight, 1, 1, (0, 0), activation, stream, generator)
 
 
+@pytest.mark.parametrize("stream", ["none", "same", "runs"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("outputs", [127, 131, 145, 160])
+def test_pointwise_threads_share_outputs(
+    target: torch.device, outputs: int, activation: str, stream: str
+) -> None:
+    """More outputs than pixels: a thread computes some of the outputs of every pixel."""
+    if target.type == "cuda":
+        pytest.skip("a path of the CPU kernels")
+    generator = torch.Generator().manual_seed(outputs)
+    x = torch.randn(2, 70, 5, 7, generator=generator)
+    weight = torch.randn(outputs, 70, 1, 1, generator=generator)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            check(x, weight, 1, 1, (0, 0), activation, stream, torch.Generator().manual_seed(0))
+    finally:
+        torch.set_num_threads(before)
+
+
 @given(
     batch=st.integers(0, 3),
     channels=st.sampled_from([2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 37, 70]),

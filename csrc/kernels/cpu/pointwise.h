@@ -264,8 +264,15 @@ static void pointwise(const TapConv& p, const Env& env) {
   if (inputs * outputs <= 48 * 1024) block = std::max(tile, 16 * 1024 / 4 / std::max<int64_t>(1, inputs) / tile * tile);
   if (env.threads > 1) block = std::max<int64_t>(tile, std::min(block, (pixels + 3 * env.threads - 1) / (3 * env.threads)));
   const int64_t blocks = (pixels + block - 1) / block;
-  run_tasks(env, blocks, [&](int, int64_t index) {
-    const int64_t first = pixels * index / blocks, rows = pixels * (index + 1) / blocks - first;
+  // More weights than pixels: threads share the outputs, and each reads its part of the weights alone.
+  constexpr int64_t unit = 2 * kPanel;
+  const int64_t units = (outputs + unit - 1) / unit;
+  const int64_t parts = env.threads > 1 && pixels < outputs && units >= 2 * env.threads ? 2 * env.threads : 1;
+  const int64_t tasks = parts > 1 ? parts : blocks;
+  run_tasks(env, tasks, [&](int, int64_t index) {
+    const int64_t cut = parts > 1 ? 0 : index, cuts = parts > 1 ? 1 : blocks, part = parts > 1 ? index : 0;
+    const int64_t first = pixels * cut / cuts, rows = pixels * (cut + 1) / cuts - first;
+    const int64_t at = units * part / parts * unit, some = std::min(outputs, units * (part + 1) / parts * unit) - at;
     const int64_t begin = 0;
     PointwiseTile t{};
     t.ldx = p.x.w;
@@ -276,16 +283,16 @@ static void pointwise(const TapConv& p, const Env& env) {
     t.run_length = &inputs;
     t.bounds = bounds;
     const float* x = static_cast<const float*>(p.x.data) + p.in_channel[0] + first * t.ldx;
-    float* y = static_cast<float*>(p.out.data) + p.out_channel[0] + first * t.ldy;
-    const float* residual = static_cast<const float*>(p.residual.data);
-    if (residual) residual += p.out_channel[0] + first * t.ldr;
-    pointwise_panels(t, static_cast<const float*>(p.weight), static_cast<const float*>(p.shift), inputs, outputs, 1, rows,
+    float* y = static_cast<float*>(p.out.data) + p.out_channel[0] + at + first * t.ldy;
+    const float *residual = static_cast<const float*>(p.residual.data), *shift = static_cast<const float*>(p.shift);
+    if (residual) residual += p.out_channel[0] + at + first * t.ldr;
+    pointwise_panels(t, static_cast<const float*>(p.weight) + at * inputs, shift ? shift + at : nullptr, inputs, some, 1, rows,
                      [&](int64_t, PointwiseTile& tile) {
                        tile.x = x;
                        tile.y = y;
                        tile.residual = residual;
                      });
-    if (!bounds.complete) activate_rows(p.act, y, t.ldy, rows, outputs);
+    if (!bounds.complete) activate_rows(p.act, y, t.ldy, rows, some);
   });
 }
 
