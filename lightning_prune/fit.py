@@ -38,7 +38,6 @@ _STEPS_BETWEEN_CUTS = 2
 #: averages a tensor over the ranks of a distributed run
 Reduce = Callable[[Tensor], Tensor]
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -203,15 +202,14 @@ class PruningFit:
         Raises:
             CompactionError: the smaller network fails or differs; the model is full-size then.
         """
-        if self.reconfigurer is None or (self.plan is None and self.learner is None):
-            return False
-        if not self._auto:
-            return self.reconfigurer.cut(self._held, self._inputs_for(model))
-        if self.plan is None:
+        decided = self.plan is not None or (self.learner is not None and not self._auto)
+        if self.reconfigurer is None or not decided:
             return False
         try:
             return self.reconfigurer.cut(self._held, self._inputs_for(model))
         except CompactionError as error:
+            if not self._auto:
+                raise
             _log.info("dead channels stay in the network while it trains: %s", error)
             self.reconfigurer = None
             return False

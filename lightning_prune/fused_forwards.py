@@ -32,22 +32,9 @@ _ADDS = (operator.add, operator.iadd, torch.add)
 _FUNCTIONS = (
     *_ACTIVATIONS, *_ADDS, torch.mul, torch.flatten, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
 )  # fmt: skip
-_METHODS = frozenset(
-    {
-        *_ACTIVATION_METHODS,
-        "add",
-        "add_",
-        "mul",
-        "mul_",
-        "mean",
-        "sum",
-        "flatten",
-        "view",
-        "reshape",
-        "size",
-        "squeeze",
-    }
-)
+_METHODS = {
+    *_ACTIVATION_METHODS, "add", "add_", "mul", "mul_", "mean", "sum", "flatten", "view", "reshape", "size", "squeeze",
+}  # fmt: skip
 _SYNTAX = (
     ast.Return, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If, ast.IfExp,
     ast.Expr, ast.Name, ast.Attribute, ast.Call, ast.keyword, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Constant,

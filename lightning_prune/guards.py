@@ -103,10 +103,9 @@ def why_full_size(trainer: pl.Trainer, module: pl.LightningModule, traced: Conta
         return f"the strategy is {type(trainer.strategy).__name__}"
     if not module.automatic_optimization:
         return f"{type(module).__name__} optimizes by hand"
+    # A captured CUDA graph, for one, goes on reading the memory that parameters had.
     exchanged = next((name for name, inner in module.named_modules() if "forward" in inner.__dict__), None)
-    if (
-        exchanged is not None
-    ):  # a captured CUDA graph, for one, which goes on reading the memory that parameters had
+    if exchanged is not None:
         return f"{exchanged or 'the module'} has another forward than its class"
     hook = next((name for name in _BETWEEN_STEPS if is_overridden(name, module)), None)
     if hook is not None:

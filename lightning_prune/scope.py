@@ -62,7 +62,7 @@ def protected_channels(
         graph: the traced network.
         include: only groups that match one of these may be pruned (residual streams named here too).
         exclude: groups that match one of these are kept whole.
-        prune_streams: also prune channels of residual streams, which several layers write to.
+        prune_streams: also prune channels of residual streams, to which several layers add.
 
     Raises:
         TraceError: nothing is left to prune, or a pattern matches no prunable layer; lists what there is.

@@ -117,7 +117,7 @@ class LabelSpace:
 
     def solve(self) -> tuple[Vector, Vector]:
         """``(root of each label, per root the number of the first freeze that hit its class or -1)``."""
-        root = self._components(self._edges + self._products)
+        root = self._components(self._edges, self._products)
         frozen = np.full(self.size, -1, np.int64)
         for i in range(len(self._frozen) - 1, -1, -1):
             frozen[root[self._frozen[i]]] = i
@@ -127,9 +127,12 @@ class LabelSpace:
         """Root of each label when multiplying ties nothing: two producers of one class are added to each other."""
         return self._components(self._edges)
 
-    def _components(self, edges: list[tuple[Vector, Vector]]) -> Vector:
+    def _components(self, *kinds: list[tuple[Vector, Vector]]) -> Vector:
+        for edges in kinds:
+            if len(edges) > 1:  # one pair of long vectors from now on: solving is repeated
+                edges[:] = [(np.concatenate([e[0] for e in edges]), np.concatenate([e[1] for e in edges]))]
         none = np.empty(0, dtype=np.int64)
-        a, b = (np.concatenate([none, *(edge[side] for edge in edges)]) for side in (0, 1))
+        a, b = (np.concatenate([none, *(edges[0][side] for edges in kinds if edges)]) for side in (0, 1))
         return connected_components(self.size, a, b)
 
     def classes(self) -> tuple[Vector, dict[int, Freeze]]:

@@ -73,9 +73,7 @@ class CompactSegment(nn.Module):
         tensors: list[Tensor] = []
         modules = self.layers._modules
         for name in self._names:
-            layer: dict[str, Any] = modules[
-                name
-            ].__dict__  # attributes of modules are slow, and these are many
+            layer: dict[str, Any] = vars(modules[name])  # attributes of modules are slow, and these are many
             if layer["_forward_hooks"] or layer["_forward_pre_hooks"]:
                 hooked: Tensor = self.layers(x)
                 return hooked
@@ -269,7 +267,7 @@ def _segment(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.Node]) 
         if run[i] in inside:  # what a layer reads is needed until those behind it are done
             for a in run[i].all_input_nodes:
                 last_reader[a] = max(last_reader[a], last_reader[run[i]])
-    arena, places, widths = _Arena(), {source: _INPUT}, _steps(network, run, inside)
+    arena, places, strides = _Arena(), {source: _INPUT}, _pixel_strides(network, run, inside)
     steps: list[int] = []
     convolutions: list[str] = []
     for i, node in enumerate(run):
@@ -279,10 +277,10 @@ def _segment(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.Node]) 
         elif node in inside:
             places[node] = _INSIDE
         else:
-            places[node] = arena.take(node, widths[node] * height * width)
+            places[node] = arena.take(node, strides[node] * height * width)
         inputs = [a for a in node.args if isinstance(a, fx.Node)]
         maps = [places[inputs[0]], places[node], places[inputs[1]] if len(inputs) > 1 else _NONE]
-        apart = [widths[inputs[0]], widths[node], widths[inputs[1]] if len(inputs) > 1 else 0]
+        apart = [strides[inputs[0]], strides[node], strides[inputs[1]] if len(inputs) > 1 else 0]
         shapes = [*_known(inputs[0]), channels, height, width]
         module = root[names[node]]
         if isinstance(module, CompactConv2d):
@@ -345,7 +343,7 @@ def _is_depthwise(network: fx.GraphModule, node: fx.Node) -> bool:
     return shape[1:] == [1, 3, 3] and shape[0] == groups > 1 and window[:2] in ((1, 1), (2, 2))
 
 
-def _steps(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.Node]) -> dict[fx.Node, int]:
+def _pixel_strides(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.Node]) -> dict[fx.Node, int]:
     """Floats from pixel to pixel of every map.
 
     Room behind the channels lets every pixel begin on a cache line (else on half of one, where that takes more than a

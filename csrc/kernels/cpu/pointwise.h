@@ -268,9 +268,9 @@ static void pointwise(const TapConv& p, const Env& env) {
   constexpr int64_t unit = 2 * kPanel;
   const int64_t units = (outputs + unit - 1) / unit;
   const int64_t parts = env.threads > 1 && pixels < outputs && units >= 2 * env.threads ? 2 * env.threads : 1;
-  const int64_t tasks = parts > 1 ? parts : blocks;
-  run_tasks(env, tasks, [&](int, int64_t index) {
-    const int64_t cut = parts > 1 ? 0 : index, cuts = parts > 1 ? 1 : blocks, part = parts > 1 ? index : 0;
+  const int64_t cuts = parts > 1 ? 1 : blocks;
+  run_tasks(env, cuts * parts, [&](int, int64_t index) {
+    const int64_t cut = index / parts, part = index % parts;
     const int64_t first = pixels * cut / cuts, rows = pixels * (cut + 1) / cuts - first;
     const int64_t at = units * part / parts * unit, some = std::min(outputs, units * (part + 1) / parts * unit) - at;
     const int64_t begin = 0;

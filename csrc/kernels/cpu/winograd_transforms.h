@@ -65,54 +65,20 @@ struct WinogradFive {
 template <int N>
 using PointsOf = std::conditional_t<N == 6, WinogradSix, WinogradFive>;
 
-template <>
-struct Winograd<4, 6> : WinogradSix {
+// Output k is the sum of the products times the k-th powers of their points; infinity adds to the last output.
+template <int M>
+struct Winograd<M, 6> : WinogradSix {
   template <class V>
   static inline __attribute__((always_inline)) void output(const V* m, V* y) {
-    constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f;
-    constexpr float a3 = 0.35355339059327376f, b3 = 2.82842712474619010f;
+    constexpr float a[5] = {1.0f, 0.70710678118654752f, 0.5f, 0.35355339059327376f, 0.25f};
+    constexpr float b[5] = {1.0f, 1.41421356237309505f, 2.0f, 2.82842712474619010f, 4.0f};
     const V s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
     y[0] = m[0] + s1 + s2;
-    y[1] = a * d1 + b * d2;
-    y[2] = 0.5f * s1 + 2.0f * s2;
-    y[3] = m[5] + a3 * d1 + b3 * d2;
-  }
-};
-
-template <>
-struct Winograd<2, 6> : WinogradSix {
-  template <class V>
-  static inline __attribute__((always_inline)) void output(const V* m, V* y) {
-    constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f;
-    y[0] = m[0] + (m[1] + m[2]) + (m[3] + m[4]);
-    y[1] = m[5] + a * (m[1] - m[2]) + b * (m[3] - m[4]);
-  }
-};
-
-template <>
-struct Winograd<3, 6> : WinogradSix {
-  template <class V>
-  static inline __attribute__((always_inline)) void output(const V* m, V* y) {
-    constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f;
-    const V s1 = m[1] + m[2], s2 = m[3] + m[4];
-    y[0] = m[0] + s1 + s2;
-    y[1] = a * (m[1] - m[2]) + b * (m[3] - m[4]);
-    y[2] = m[5] + 0.5f * s1 + 2.0f * s2;
-  }
-};
-
-template <>
-struct Winograd<5, 6> : WinogradSix {
-  template <class V>
-  static inline __attribute__((always_inline)) void output(const V* m, V* y) {
-    constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f;
-    constexpr float a3 = 0.35355339059327376f, b3 = 2.82842712474619010f;
-    const V s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
-    y[0] = m[0] + s1 + s2;
-    y[1] = a * d1 + b * d2;
-    y[2] = 0.5f * s1 + 2.0f * s2;
-    y[3] = a3 * d1 + b3 * d2;
-    y[4] = m[5] + 0.25f * s1 + 4.0f * s2;
+#pragma GCC unroll 5
+    for (int k = 1; k < M; ++k) {
+      const V near = k % 2 ? d1 : s1, far = k % 2 ? d2 : s2;
+      y[k] = (k == M - 1 ? m[5] + a[k] * near : a[k] * near) + b[k] * far;
+    }
   }
 };
 
