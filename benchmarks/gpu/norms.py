@@ -49,9 +49,8 @@ class Norm:
 def own(norm: Norm, x: Tensor, residual: Tensor | None, grad: Tensor) -> tuple[Tensor, ...]:
     """Output and gradients of x, residual, weight and bias by the operator."""
     op, compact_of = torch.ops.lightning_prune, len(norm.weight) if norm.compact else 0
-    settings = (None, norm.live, EPS, "relu", compact_of)
     y, mean, var = op.masked_batch_norm_act(
-        x, residual, norm.weight, norm.bias, None, None, None, *settings[1:]
+        x, residual, norm.weight, norm.bias, None, None, None, norm.live, EPS, "relu", compact_of
     )
     given = (grad, x, residual, norm.weight, norm.bias, None, mean, var, norm.live, True, EPS, "relu")
     grads = op.masked_batch_norm_act_backward(
@@ -86,22 +85,8 @@ def exact_error(norm: Norm, x: Tensor, residual: Tensor | None, grad: Tensor) ->
     settings = (None, None, None, norm.live, EPS)
     compact_of = len(norm.weight) if norm.compact else 0
     exact, mean, var = reference_norm.masked_batch_norm_act(*double, *settings, "relu", compact_of)
-    back = (
-        *double,
-        None,
-        mean,
-        var,
-        norm.live,
-        True,
-        EPS,
-        "relu",
-        True,
-        residual is not None,
-        True,
-        True,
-        False,
-        compact_of,
-    )
+    needs = (True, residual is not None, True, True, False)
+    back = (*double, None, mean, var, norm.live, True, EPS, "relu", *needs, compact_of)
     grads = reference_norm.masked_batch_norm_act_backward(grad.double(), *back)
     errors = []
     for a, b in zip(found, (exact, *grads[:4]), strict=True):
