@@ -164,9 +164,8 @@ def openvino(given: Given) -> Run:
     return run
 
 
-OURS = "ours"
 RUNTIMES: dict[str, Callable[[Given], Run]] = {
-    OURS: ours,
+    "ours": ours,
     "eager": eager,
     "eager channels_last": eager_last,
     "oneDNN prepacked": onednn,
@@ -226,4 +225,4 @@ def _timed(call: Run, seconds: float = 0.03) -> tuple[float, float]:
     return (time.process_time() - at) / calls, (time.perf_counter() - begin) / calls
 
 
-__all__ = ["OURS", "RUNTIMES", "Setting", "export", "serve"]
+__all__ = ["RUNTIMES", "Setting", "export", "serve"]
