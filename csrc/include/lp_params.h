@@ -104,6 +104,7 @@ struct Env {
   void (*parallel)(int64_t n, void (*body)(int64_t begin, int64_t end, void* ctx), void* ctx);
   void* (*alloc)(void* owner, size_t bytes);
   void* owner;
+  void* member = nullptr;  // Team::Member of the calling thread: the other members make the same call beside it
 };
 
 struct MaskedForward {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..nn import CompactConv2d
 from ..ops import ACTIVATIONS
+from .arena import Arena
 from .rewrite import Rewrite
 
 #: fewer layers than this gain too little
@@ -96,28 +96,6 @@ class CompactSegment(nn.Module):
     def extra_repr(self) -> str:
         """How many convolutions, for which input, how many images at a time."""
         return f"{len(self._names)} convolutions, input={self.shape}, slice={self.slice}"
-
-
-@dataclass
-class _Arena:
-    """Places for maps of known lifetime, first fit."""
-
-    size: int = 0
-    live: dict[Any, tuple[int, int]] = field(default_factory=dict)  # key -> (begin, end)
-
-    def take(self, key: Any, floats: int) -> int:
-        floats = -(-floats // _ALIGN) * _ALIGN
-        at = 0
-        for begin, end in sorted(self.live.values()):
-            if begin - at >= floats:
-                break
-            at = max(at, end)
-        self.live[key] = (at, at + floats)
-        self.size = max(self.size, at + floats)
-        return at
-
-    def free(self, key: Any) -> None:
-        self.live.pop(key, None)
 
 
 def in_segments(network: nn.Module, batch: int) -> list[nn.Module]:
@@ -262,22 +240,13 @@ def _segment(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.Node]) 
         )
     graph.output(copies[run[-1]])
     layers = fx.GraphModule(root, graph, "Layers")
-    last_reader = {a: i for i, node in enumerate(run) for a in node.all_input_nodes}
-    for i in reversed(range(len(run) - 1)):
-        if run[i] in inside:  # what a layer reads is needed until those behind it are done
-            for a in run[i].all_input_nodes:
-                last_reader[a] = max(last_reader[a], last_reader[run[i]])
-    arena, places, strides = _Arena(), {source: _INPUT}, _pixel_strides(network, run, inside)
+    strides = _pixel_strides(network, run, inside)
+    places, floats = _places(run, inside, strides)
+    places |= {source: _INPUT, run[-1]: _OUTPUT, **dict.fromkeys(inside, _INSIDE)}
     steps: list[int] = []
     convolutions: list[str] = []
-    for i, node in enumerate(run):
+    for node in run:
         channels, height, width = _known(node)
-        if node is run[-1]:
-            places[node] = _OUTPUT
-        elif node in inside:
-            places[node] = _INSIDE
-        else:
-            places[node] = arena.take(node, strides[node] * height * width)
         inputs = [a for a in node.args if isinstance(a, fx.Node)]
         maps = [places[inputs[0]], places[node], places[inputs[1]] if len(inputs) > 1 else _NONE]
         apart = [strides[inputs[0]], strides[node], strides[inputs[1]] if len(inputs) > 1 else 0]
@@ -294,13 +263,30 @@ def _segment(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.Node]) 
             kernel, padding = _pair(module.kernel_size), _pair(module.padding)
             window = [*kernel, *_pair(module.stride or kernel), *padding, 1, 1]
             steps += [_MAX_POOL, *maps, 0, _NONE, 0, *shapes, *window, 1, *apart, 0]
-        for old in inputs:
-            if last_reader[old] == i:
-                arena.free(old)
     first, last = _known(source), _known(run[-1])
-    header = [_VERSION, len(run), *first, *last, arena.size, 1]
+    header = [_VERSION, len(run), *first, *last, floats, 1]
     program = torch.tensor([*header, *steps], dtype=torch.int64)
     return CompactSegment(layers, convolutions, program, first)
+
+
+def _places(
+    run: list[fx.Node], inside: set[fx.Node], strides: dict[fx.Node, int]
+) -> tuple[dict[fx.Node, int], int]:
+    """Where the maps of the arena begin, and its size in floats per image; ``strides``: floats from pixel to pixel."""
+    last_reader = {a: i for i, node in enumerate(run) for a in node.all_input_nodes}
+    for i in reversed(range(len(run) - 1)):
+        if run[i] in inside:  # what a layer reads is needed until those behind it are done
+            for a in run[i].all_input_nodes:
+                last_reader[a] = max(last_reader[a], last_reader[run[i]])
+    arena: Arena[fx.Node] = Arena(_ALIGN)
+    for i, node in enumerate(run):
+        if node is not run[-1] and node not in inside:
+            _, height, width = _known(node)
+            arena.take(node, strides[node] * height * width)
+        for old in node.all_input_nodes:
+            if last_reader[old] == i:
+                arena.free(old)
+    return arena.places()
 
 
 def _inside(network: fx.GraphModule, run: list[fx.Node]) -> set[fx.Node]:

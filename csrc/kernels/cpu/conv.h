@@ -31,7 +31,7 @@ static void conv(const TapConv& p, const Env& env) {
   for (int g = 0; g < p.groups; ++g) widest = std::max(widest, p.out_begin[g + 1] - p.out_begin[g]);
   const int64_t missing = env.threads > 1 && !p.depthwise ? (2 * env.threads + b.tasks - 1) / b.tasks : 1;
   const int64_t splits = std::max<int64_t>(1, std::min(missing, widest / (2 * kPanel)));
-  const int64_t slots = std::min<int64_t>(env.threads, b.tasks * splits);
+  const int64_t slots = task_slots(env, b.tasks * splits);
   char* scratch = aligned(static_cast<char*>(env.alloc(env.owner, size_t(slots * slot_bytes + 64))));
   run_tasks(env, b.tasks * splits, [&](int slot, int64_t index) {
     char* base = scratch + slot * slot_bytes;

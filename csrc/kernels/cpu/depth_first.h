@@ -12,7 +12,7 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
   const int64_t ring_rows = expand ? (strip - 1) * p.stride + 3 : 0, ring_row = (p.width + 2) * step;
   const int64_t slot_floats = ring_rows * ring_row + strip * p.cols * step;
   const int64_t bands = std::min(p.rows, std::max<int64_t>(1, env.threads / std::max<int64_t>(1, p.n)));
-  const int64_t tasks = p.n * bands, slots = std::min<int64_t>(env.threads, tasks);
+  const int64_t tasks = p.n * bands, slots = task_slots(env, tasks);
   // Without expanded rows of its own the input must have room for whole vectors.
   const int64_t wide = expand || p.x_room ? channels : p.inner;
   const DepthwiseWeights w = depthwise_weights(env, p.depthwise.weight, p.depthwise.shift, 9, p.inner, wide);

@@ -11,6 +11,7 @@
 #endif
 
 #include "tap_conv.h"
+#include "team.h"
 
 #define LP_JOIN2(a, b) a##b
 #define LP_JOIN(a, b) LP_JOIN2(a, b)

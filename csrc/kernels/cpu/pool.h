@@ -34,7 +34,7 @@ static inline __attribute__((always_inline)) void by_vectors(int64_t count, cons
 
 static void max_pool(const MaxPool& p, const Env& env) {
   const int64_t C = p.channels, line = p.width * C, padded = round_up(line, 16);
-  const int64_t tasks = p.n * p.out_h, slots = std::min<int64_t>(env.threads, tasks);
+  const int64_t tasks = p.n * p.out_h, slots = task_slots(env, tasks);
   if (tasks == 0) return;
   float* const lines = static_cast<float*>(env.alloc(env.owner, size_t(slots * padded) * sizeof(float)));
   run_tasks(env, tasks, [&](int slot, int64_t index) {

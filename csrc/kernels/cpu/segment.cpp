@@ -27,25 +27,6 @@ void in_parallel(const Env& env, int64_t n, const F& body) {
       const_cast<F*>(&body));
 }
 
-// The team that the calling thread leads.
-Team*& led_team() {
-  thread_local Team* team = nullptr;
-  return team;
-}
-struct Lead {  // ends however the leader leaves
-  explicit Lead(Team& team) : before(led_team()) { led_team() = &team; }
-  ~Lead() {
-    led_team()->finish();
-    led_team() = before;
-  }
-  Lead(const Lead&) = delete;
-  Lead& operator=(const Lead&) = delete;
-  Team* before;
-};
-void run_in_team(int64_t n, void (*body)(int64_t, int64_t, void*), void* ctx) {
-  if (n > 0) led_team()->parallel(n, body, ctx);
-}
-
 View channels_last(float* data, int64_t step, int64_t h, int64_t w) { return View{data, step * h * w, 1, w * step, step}; }
 
 struct Buffers {
@@ -155,27 +136,36 @@ void run_segment_cpu(const Segment& s, const Env& env) {
   const bool by_slices = env.threads > 1 && slices >= env.threads;
   const int64_t slots = by_slices ? env.threads : 1, per_slot = s.header->arena * slice + 16;
   float* memory = static_cast<float*>(env.alloc(env.owner, size_t(slots * per_slot) * sizeof(float)));
-  std::atomic<int64_t> next{0};
-  const auto run_slices = [&](int64_t slot, int threads, decltype(Env::parallel) parallel) {
-    StepScratch& scratch = StepScratch::of_thread();
-    const Env inner = scratch.env(threads, parallel);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < slices;) {
-      const Buffers b{s, memory + slot * per_slot, task * slice};
-      const int64_t images = std::min(slice, s.n - b.first);
-      for (int64_t i = 0; i < s.header->steps;) {
-        i = run_steps(s, i, b, images, inner);
-        scratch.reset();
-      }
+  const auto run_slice = [&](int64_t index, float* arena, StepScratch& scratch, const Env& inner) {
+    const Buffers b{s, arena, index * slice};
+    const int64_t images = std::min(slice, s.n - b.first);
+    for (int64_t i = 0; i < s.header->steps;) {
+      i = run_steps(s, i, b, images, inner);
+      scratch.reset();
     }
+  };
+  std::atomic<int64_t> next{0};
+  const auto alone = [&](int64_t slot) {
+    StepScratch& scratch = StepScratch::of_thread();
+    const Env inner = scratch.env(1, run_inline);
+    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < slices;)
+      run_slice(index, memory + slot * per_slot, scratch, inner);
     scratch.trim();
   };
-  if (by_slices) return in_parallel(env, slots, [&](int64_t slot) { run_slices(slot, 1, run_inline); });
-  if (env.threads == 1) return run_slices(0, 1, run_inline);
-  Team team;
-  in_parallel(env, env.threads, [&](int64_t member) {
-    if (member > 0) return team.help(member);
-    const Lead lead(team);
-    run_slices(0, env.threads, run_in_team);
+  if (by_slices) return in_parallel(env, slots, alone);
+  if (env.threads == 1) return alone(0);
+  Team team(env.threads);
+  in_parallel(env, env.threads, [&](int64_t index) {
+    Team::Member member(team, index);
+    StepScratch& scratch = StepScratch::of_thread();
+    try {
+      const Env inner = scratch.env(env.threads, run_inline, &member);
+      for (int64_t i = 0; i < slices; ++i) run_slice(i, memory, scratch, inner);
+      scratch.trim();
+    } catch (...) {
+      team.abandon();
+      throw;
+    }
   });
 }
 

@@ -285,11 +285,15 @@ static void stage_task(T* staged, const TapConv& p, const Bands& b, const Task& 
   }
 }
 
+// Slots of scratch that run_tasks() needs; a member of a team has its own.
+static int64_t task_slots(const Env& env, int64_t tasks) { return env.member ? 1 : std::min<int64_t>(env.threads, tasks); }
+
 // Runs body(thread slot, task) over all tasks; slots are distinct between concurrent bodies. Every slot has its share of
 // neighbouring tasks, the same share of the map in every layer, so that it finds what it wrote in its own cache; then it
 // helps the others.
 template <class F>
 static void run_tasks(const Env& env, int64_t tasks, const F& body) {
+  if (env.member) return static_cast<Team::Member*>(env.member)->run(tasks, [&](int64_t task) { body(0, task); });
   constexpr int64_t limit = 64;
   struct alignas(64) Share {
     std::atomic<int64_t> next;

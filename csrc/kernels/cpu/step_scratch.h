@@ -14,9 +14,9 @@ class StepScratch {
     thread_local StepScratch scratch;
     return scratch;
   }
-  Env env(int threads, decltype(Env::parallel) parallel) {
+  Env env(int threads, decltype(Env::parallel) parallel, void* member = nullptr) {
     const auto allocate = [](void* owner, size_t bytes) { return static_cast<StepScratch*>(owner)->allocate(bytes); };
-    return Env{threads, parallel, allocate, this};
+    return Env{threads, parallel, allocate, this, member};
   }
   void* allocate(size_t bytes) {
     const size_t size = (bytes + 63) / 64 * 64 + 64;

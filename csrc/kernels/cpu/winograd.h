@@ -320,7 +320,7 @@ static void winograd_tiles(const TapConv& p, int64_t channels, int64_t staged, c
   const int64_t slot_bytes = input_bytes + product_bytes + staged_bytes + round_up((2 * pixels + t.block + 1) * 8, 64) + 64 +
                              round_up(t.block * int64_t(sizeof(TilePlace)), 64);
   const int64_t tasks = t.blocks * t.splits;
-  const int64_t slots = std::min<int64_t>(env.threads, tasks);
+  const int64_t slots = task_slots(env, tasks);
   char* scratch = aligned(static_cast<char*>(env.alloc(env.owner, size_t(slots * slot_bytes + 64))));
   run_tasks(env, tasks, [&](int slot, int64_t index) {
     char* base = scratch + slot * slot_bytes;
