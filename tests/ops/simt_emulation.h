@@ -1,6 +1,7 @@
 // The instructions of csrc/kernels/cuda/simt.h on the host: every CUDA thread is a fiber, warps and blocks meet as on a GPU.
 // Fragment layouts are those of the PTX ISA (ldmatrix, mma.m16n8k16, mma.m16n8k8). Copies arrive only when they are waited
-// for, and shared memory starts as NaN, so that a missing wait or barrier shows. Bank conflicts are counted.
+// for, and shared memory starts as NaN, so that a missing wait or barrier shows. Products of warp groups (wgmma.m64nNk16) read
+// shared memory as late as they may, and only what copies have shown to them. Bank conflicts are counted.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -25,6 +26,10 @@ struct Copy {
   const char* from;
   int bytes;
 };
+struct Product {
+  uint64_t a, b;  // matrix descriptors
+  std::function<void()> run;
+};
 struct Fiber {
   ucontext_t context;  // to begin with; afterwards jumps, which make no system calls
   jmp_buf place;
@@ -33,6 +38,11 @@ struct Fiber {
   std::vector<Copy> open;
   std::vector<const void*> targets;  // of all copies, in order
   std::deque<std::vector<Copy>> groups;
+  std::vector<size_t> arrived;  // pieces of shared memory that products do not see yet
+  std::vector<Product> products;
+  std::deque<std::vector<std::function<void()>>> product_groups;
+  size_t grouped = 0;
+  bool may_multiply = false;
   int block_rounds = 0, warp_rounds = 0;
   bool done = false;
 };
@@ -44,6 +54,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Exchange> warps;
   std::vector<char> memory;
+  std::vector<char> hidden;  // per 16 bytes: a copy that products do not see yet
   ucontext_t start;
   jmp_buf scheduler;
   int current = 0, bx = 0, by = 0;
@@ -123,6 +134,8 @@ void copies_wait() {
     for (const Copy& c : self().groups.front()) {
       std::memset(c.to, 0, 16);
       std::memcpy(c.to, c.from, size_t(c.bytes));
+      self().arrived.push_back(size_t(c.to - machine.memory.data()) / 16);
+      machine.hidden[self().arrived.back()] = 1;
     }
     self().groups.pop_front();
   }
@@ -173,6 +186,63 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   sync_warp();
 }
 
+constexpr unsigned kBase = 1024;  // where shared memory begins in its address space
+inline unsigned address(const void* p) { return unsigned(static_cast<const char*>(p) - machine.memory.data()) + kBase; }
+
+inline void show_copies() {
+  for (const size_t piece : self().arrived) machine.hidden[piece] = 0;
+  self().arrived.clear();
+}
+inline void products_begin() { self().may_multiply = true; }
+
+// Chunk `chunk` of row `row` of the factor that a descriptor describes.
+inline const char* factor_row(uint64_t descriptor, int row, int chunk) {
+  const auto field = [&](int bit) { return int64_t(descriptor >> bit & 0x3fff) << 4; };
+  const int64_t at = field(0) - kBase + chunk * field(16) + row / 8 * field(32) + row % 8 * 16;
+  if (at < 0 || at + 16 > int64_t(machine.memory.size())) {
+    ++machine.outside;
+    return machine.memory.data();
+  }
+  if (machine.hidden[size_t(at / 16)]) ++machine.outside;
+  return machine.memory.data() + at;
+}
+
+template <class S, int NI>
+void multiply_group(float (&sums)[NI][4], uint64_t a, uint64_t b) {
+  using E = typename S::Element;
+  if (!self().may_multiply || a >> 46 || b >> 46) ++machine.misaligned;  // no fence; a swizzle or an offset of the base
+  const int lane = machine.current % 32, warp = machine.current / 32 % 4;
+  const auto run = [&sums, a, b, lane, warp] {
+    for (int r = 0; r < 4; ++r)
+      for (int j = 0; j < NI; ++j) {
+        const int row = warp * 16 + lane / 4 + r / 2 * 8, column = j * 8 + lane % 4 * 2 + r % 2;
+        double sum = sums[j][r];
+        for (int chunk = 0; chunk < 2; ++chunk) {
+          E x[8], w[8];
+          std::memcpy(x, factor_row(a, row, chunk), 16);
+          std::memcpy(w, factor_row(b, column, chunk), 16);
+          for (int k = 0; k < 8; ++k) sum += double(S::load(x[k])) * double(S::load(w[k]));
+        }
+        sums[j][r] = float(sum);
+      }
+  };
+  self().products.push_back(Product{a, b, run});
+}
+inline void products_end_group() {
+  std::vector<std::function<void()>> group;
+  for (; self().grouped < self().products.size(); ++self().grouped)
+    group.push_back(std::move(self().products[self().grouped].run));
+  self().product_groups.push_back(std::move(group));
+  self().may_multiply = false;
+}
+template <int GROUPS, int NI>
+void products_wait(float (&)[NI][4]) {
+  while (int(self().product_groups.size()) > GROUPS) {
+    for (const auto& product : self().product_groups.front()) product();
+    self().product_groups.pop_front();
+  }
+}
+
 // Runs one block. A warp goes on until it ends or waits for the block, so that warps are as far apart as barriers let them
 // be; `reverse` lets the last warp and the last lane go first.
 inline std::function<void()> body;
@@ -188,10 +258,13 @@ inline void run_block(int threads, int shared_bytes, bool reverse, std::function
   machine.fibers.resize(size_t(threads));
   machine.warps.resize(size_t(threads / 32));
   machine.memory.assign(size_t(shared_bytes), char(0xff));  // NaN in every type
+  machine.hidden.assign(size_t(shared_bytes) / 16 + 1, 0);
   for (Fiber& f : machine.fibers) {
     if (!f.stack) f.stack.reset(new char[kStack]);
     f.done = f.begun = f.blocked = false, f.block_rounds = f.warp_rounds = 0;
     f.open.clear(), f.groups.clear(), f.targets.clear();
+    f.arrived.clear(), f.products.clear(), f.product_groups.clear();
+    f.grouped = 0, f.may_multiply = false;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStack;
@@ -218,6 +291,13 @@ inline void run_block(int threads, int shared_bytes, bool reverse, std::function
       for (int j = 0; j < 8; ++j) rows[j] = machine.fibers[size_t(i + j)].targets.at(k);
       machine.write_conflicts += conflicts(rows);
     }
+  for (int i = 0; i < threads; ++i) {  // the four warps of a group multiply the same, and everything has ended
+    const Fiber &f = machine.fibers[size_t(i)], &first = machine.fibers[size_t(i / 128 * 128)];
+    bool same = f.products.size() == first.products.size() && f.product_groups.empty() && f.grouped == f.products.size();
+    for (size_t k = 0; same && k < f.products.size(); ++k)
+      same = f.products[k].a == first.products[k].a && f.products[k].b == first.products[k].b;
+    if (!same) ++machine.misaligned;
+  }
 }
 
 }  // namespace simt

@@ -21,7 +21,8 @@ void run_blocks(const TensorConv& p, const Launch& launch, bool reverse) {
 template <class S, int I = 0>
 void run_tile(const TensorConv& p, const Launch& launch, bool reverse) {
   if constexpr (I < kTileCount) {
-    if (launch.tile == I) return run_blocks<TileAt<S, I>>(p, launch, reverse);
+    if constexpr (has_tile<S>(I))
+      if (launch.tile == I) return run_blocks<TileAt<S, I>>(p, launch, reverse);
     run_tile<S, I + 1>(p, launch, reverse);
   }
 }
@@ -47,7 +48,7 @@ void run(const CompactForward& f, int tile, int splits, bool reverse) {
   }
   const int64_t pixels = s.n * s.out_h * s.out_w, columns = round_up(s.outputs, 8);
   const int64_t depth = s.kh * s.kw * round_up(s.channels, 8) / f.lanes;
-  const Launch launch = choose_launch(pixels, columns, depth, 132, tile, splits);
+  const Launch launch = choose_launch(pixels, columns, depth, 132, false, tile, splits);
   // As on the device, whatever the parts do not write would be seen.
   std::vector<float> partial(launch.splits > 1 ? size_t(launch.splits * pixels * columns) + 4 : 0, std::nanf(""));
   float* parts = partial.data();
@@ -61,8 +62,10 @@ void run(const CompactForward& f, int tile, int splits, bool reverse) {
 
 extern "C" int tile_count() { return kTileCount; }
 
-extern "C" void choose(int64_t pixels, int64_t columns, int64_t depth, int processors, int* out) {
-  const Launch launch = choose_launch(pixels, columns, depth, processors);
+extern "C" int tile_of_groups(int tile) { return kTiles[tile].group; }
+
+extern "C" void choose(int64_t pixels, int64_t columns, int64_t depth, int processors, int groups, int* out) {
+  const Launch launch = choose_launch(pixels, columns, depth, processors, groups != 0);
   out[0] = launch.tile, out[1] = launch.splits, out[2] = launch.blocks_m, out[3] = launch.blocks_n;
   out[4] = kTiles[launch.tile].bm, out[5] = kTiles[launch.tile].bn;
 }

@@ -22,16 +22,23 @@ inline int current_device() {
   return device;
 }
 
-inline int processors() {
+// An attribute that is never 0, remembered.
+template <cudaDeviceAttr ATTRIBUTE>
+int attribute() {
   static std::atomic<int> known[64];
   const int device = current_device();
-  int count = device < 64 ? known[device].load() : 0;
-  if (count == 0) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    if (device < 64) known[device] = count;
+  int value = device < 64 ? known[device].load() : 0;
+  if (value == 0) {
+    cudaDeviceGetAttribute(&value, ATTRIBUTE, device);
+    if (device < 64) known[device] = value;
   }
-  return std::max(count, 1);
+  return value;
 }
+
+inline int processors() { return std::max(attribute<cudaDevAttrMultiProcessorCount>(), 1); }
+
+// Code for sm_90a runs on 9.0 and nothing else.
+inline bool has_warp_groups() { return attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
 
 }  // namespace cuda
 }  // namespace lp

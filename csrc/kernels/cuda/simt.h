@@ -5,6 +5,7 @@
 #include LP_SIMT_EMULATION
 #define LP_DEVICE inline
 #define LP_DEVICE_CALL inline
+#include "warpgroup.h"
 #else
 #include <cuda_runtime.h>
 
@@ -76,4 +77,5 @@ LP_DEVICE uint32_t rounded_tf32(uint32_t bits) {
 }  // namespace simt
 }  // namespace cuda
 }  // namespace lp
+#include "warpgroup.h"
 #endif

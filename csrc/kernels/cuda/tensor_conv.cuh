@@ -1,4 +1,5 @@
-// Convolution on tensor cores: cp.async in several stages, ldmatrix, mma.sync, float32 sums, everything else in the epilogue.
+// Convolution on tensor cores: cp.async in several stages, ldmatrix and mma.sync or wgmma, float32 sums, everything else in the
+// epilogue.
 // Deterministic: the depth is summed in order, a split depth is added up in order by a second kernel.
 #pragma once
 #include "conv_problems.h"
@@ -221,6 +222,18 @@ struct TensorConvKernel {
     }
   }
 
+  // The planes of a slot are what a group's product reads: eight rows of 16 bytes side by side.
+  LP_DEVICE void multiply_step_group(int slot) {
+    const char* a = memory + slot * T::kStageBytes + tid / 128 * 64 * 16;
+    const char* b = memory + slot * T::kStageBytes + T::CH * T::kPlaneA;
+    simt::products_begin();
+#pragma unroll
+    for (int k = 0; k < T::CH; k += 2)
+      simt::multiply_group<S, T::NI>(sums[0], factor_of(simt::address(a + k * T::kPlaneA), T::kPlaneA, 128),
+                                     factor_of(simt::address(b + k * T::kPlaneB), T::kPlaneB, 128));
+    simt::products_end_group();
+  }
+
   LP_DEVICE void run() {
     const int first = simt::block_y() * p.steps_per_split;
     const int all = (p.taps * p.chunks + T::CH - 1) / T::CH;
@@ -228,20 +241,26 @@ struct TensorConvKernel {
     const int steps = last - first;
     cursor = DepthCursor::at(p, first * T::CH + tid % T::CH);
 #pragma unroll
-    for (int s = 0; s < T::STAGES - 1; ++s) {
+    for (int s = 0; s < T::kAhead; ++s) {
       if (s < steps) copy_step((first + s) * T::CH, s);
       simt::copies_end_group();
     }
-    int slot = 0, next = T::STAGES - 1;
+    int slot = 0, next = T::kAhead;
     for (int s = 0; s < steps; ++s) {
-      simt::copies_wait<T::STAGES - 2>();
+      simt::copies_wait<T::kAhead - 1>();
+      if constexpr (T::kGroup) {
+        simt::show_copies();
+        simt::products_wait<1>(sums[0]);  // those of the last step may go on: they read neither this slot nor the next
+      }
       simt::sync_block();  // the copies of all threads are here, and nobody reads slot `next` any more
-      if (s + T::STAGES - 1 < steps) copy_step((first + s + T::STAGES - 1) * T::CH, next);
+      if constexpr (T::kGroup) multiply_step_group(slot);
+      if (s + T::kAhead < steps) copy_step((first + s + T::kAhead) * T::CH, next);
       simt::copies_end_group();
-      multiply_step(slot);
+      if constexpr (!T::kGroup) multiply_step(slot);
       slot = slot + 1 == T::STAGES ? 0 : slot + 1;
       next = next + 1 == T::STAGES ? 0 : next + 1;
     }
+    if constexpr (T::kGroup) simt::products_wait<0>(sums[0]);
     simt::copies_wait<0>();
     simt::sync_block();
     finish();

@@ -11,7 +11,12 @@ namespace cuda {
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) tensor_conv_kernel(const __grid_constant__ TensorConv p) {
-  TensorConvKernel<T>(p, simt::shared()).run();
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (T::kGroup)
+    return;  // never launched there
+  else
+#endif
+    TensorConvKernel<T>(p, simt::shared()).run();
 }
 
 template <class S>
@@ -63,7 +68,8 @@ void launch_tile(const TensorConv& p, const Launch& launch, cudaStream_t stream)
 template <class S, int I = 0>
 void launch_conv(const TensorConv& p, const Launch& launch, cudaStream_t stream) {
   if constexpr (I < kTileCount) {
-    if (launch.tile == I) return launch_tile<TileAt<S, I>>(p, launch, stream);
+    if constexpr (has_tile<S>(I))
+      if (launch.tile == I) return launch_tile<TileAt<S, I>>(p, launch, stream);
     launch_conv<S, I + 1>(p, launch, stream);
   }
 }
@@ -78,17 +84,21 @@ struct LaunchDepthwise {
   }
 };
 
-// LIGHTNING_PRUNE_CUDA_TILE=tile[:splits] fixes what choose_launch would choose; for measuring.
-inline Launch planned(const CompactForward& f, int64_t pixels, int64_t columns) {
+// LIGHTNING_PRUNE_CUDA_TILE=tile[:splits] fixes what choose_launch would choose, LIGHTNING_PRUNE_CUDA_GROUPS=1 lets it choose
+// tiles of warp groups; for measuring.
+template <class S>
+Launch planned(const CompactForward& f, int64_t pixels, int64_t columns) {
   int tile = -1, splits = 0;
   if (const char* text = std::getenv("LIGHTNING_PRUNE_CUDA_TILE")) {
     char* rest = nullptr;
     tile = int(std::strtol(text, &rest, 10));
     if (*rest == ':') splits = std::max(0, int(std::strtol(rest + 1, nullptr, 10)));
-    if (tile >= kTileCount) tile = -1;
+    if (tile < 0 || tile >= kTileCount || !has_tile<S>(tile) || (kTiles[tile].group && !has_warp_groups())) tile = -1;
   }
+  const char* wanted = std::getenv("LIGHTNING_PRUNE_CUDA_GROUPS");
+  const bool groups = S::kLanes == 8 && wanted && *wanted == '1' && has_warp_groups();
   const int64_t depth = f.shape.kh * f.shape.kw * (round_up(f.shape.channels, 8) / f.lanes);
-  return choose_launch(pixels, columns, depth, processors(), tile, splits);
+  return choose_launch(pixels, columns, depth, processors(), groups, tile, splits);
 }
 
 template <class S>
@@ -108,7 +118,7 @@ void tensor_forward(const CompactForward& f, const Env& env, cudaStream_t stream
     with_depthwise_variant(p, LaunchDepthwise<S>{p, stream});
     return check_launch("compact_conv2d depthwise");
   }
-  const Launch launch = planned(f, pixels, columns);
+  const Launch launch = planned<S>(f, pixels, columns);
   float* partial = nullptr;
   if (launch.splits > 1)
     partial = static_cast<float*>(env.alloc(env.owner, size_t(launch.splits * pixels * columns) * sizeof(float)));

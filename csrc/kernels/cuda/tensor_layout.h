@@ -111,10 +111,14 @@ LP_HD Piece input_piece(const TensorConv& p, const Window& window, const DepthCu
                count * int(sizeof(typename S::Element))};
 }
 
-// One kernel: a tile of BM pixels x BN outputs, CH chunks of depth per step, WARPS_M x WARPS_N warps.
-template <class S_, int BM_, int BN_, int CH_, int WARPS_M, int WARPS_N, int STAGES_>
+// One kernel: a tile of BM pixels x BN outputs, CH chunks of depth per step, WARPS_M x WARPS_N warps; with GROUP four warps
+// multiply 64 pixels together (warpgroup.h), otherwise each for itself.
+template <class S_, int BM_, int BN_, int CH_, int WARPS_M, int WARPS_N, int STAGES_, bool GROUP>
 struct Tile {
   using S = S_;
+  static constexpr bool kGroup = GROUP;
+  // Steps that are copied ahead. A group may still read the slot of the step before.
+  static constexpr int kAhead = STAGES_ - (GROUP ? 2 : 1);
   static constexpr int BM = BM_, BN = BN_, CH = CH_, STAGES = STAGES_;
   static constexpr int kWarpsM = WARPS_M, kWarpsN = WARPS_N, kThreads = 32 * WARPS_M * WARPS_N;
   static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N, MI = WM / 16, NI = WN / 8;
@@ -129,6 +133,8 @@ struct Tile {
   static_assert(CH == 4 || CH == 8, "the plane gap is for 4 or 8 chunks");
   static_assert(WM % 16 == 0 && WN % 8 == 0 && BM * CH % kThreads == 0 && kThreads % CH == 0, "tile does not divide");
   static_assert(kSumStride % 32 == 8 || kSumStride % 32 == 24, "bank conflicts while storing");
+  static_assert(!GROUP || (S::kLanes == 8 && WARPS_N == 1 && WM == 16 && WARPS_M % 4 == 0), "not a tile of warp groups");
+  static_assert(kAhead >= 1, "too few stages");
   static_assert(kPlaneA % 16 == 0 && kShared <= 227 * 1024, "shared memory");
 };
 

@@ -7,22 +7,56 @@ namespace cuda {
 
 struct TileShape {
   int bm, bn, ch, warps_m, warps_n, stages;
+  bool group;  // products of warp groups: 16-bit types on sm_90a
 };
 
 // Widths in steps of 8 where pruned layers lie, so that a ragged width costs little more than itself; low tiles for small maps.
 constexpr TileShape kTiles[] = {
-    {128, 128, 4, 2, 4, 4}, {128, 112, 4, 4, 1, 4}, {128, 104, 4, 4, 1, 4}, {128, 96, 4, 4, 2, 4}, {128, 80, 4, 4, 2, 4},
-    {128, 64, 8, 4, 2, 3},  {128, 56, 8, 4, 1, 3},  {128, 48, 8, 4, 1, 3},  {128, 40, 8, 4, 1, 3}, {128, 32, 8, 4, 1, 3},
-    {64, 64, 8, 2, 2, 4},   {64, 40, 8, 4, 1, 4},   {64, 24, 8, 4, 1, 4},   {32, 64, 8, 2, 2, 4},  {16, 64, 8, 1, 4, 4},
+    {128, 128, 4, 2, 4, 4},
+    {128, 112, 4, 4, 1, 4},
+    {128, 104, 4, 4, 1, 4},
+    {128, 96, 4, 4, 2, 4},
+    {128, 80, 4, 4, 2, 4},
+    {128, 64, 8, 4, 2, 3},
+    {128, 56, 8, 4, 1, 3},
+    {128, 48, 8, 4, 1, 3},
+    {128, 40, 8, 4, 1, 3},
+    {128, 32, 8, 4, 1, 3},
+    {64, 64, 8, 2, 2, 4},
+    {64, 40, 8, 4, 1, 4},
+    {64, 24, 8, 4, 1, 4},
+    {32, 64, 8, 2, 2, 4},
+    {16, 64, 8, 1, 4, 4},
+    // of warp groups
+    {128, 256, 4, 8, 1, 6, true},
+    {128, 192, 4, 8, 1, 6, true},
+    {128, 128, 4, 8, 1, 6, true},
+    {128, 104, 4, 8, 1, 6, true},
+    {128, 96, 4, 8, 1, 6, true},
+    {128, 80, 4, 8, 1, 6, true},
+    {128, 64, 8, 8, 1, 4, true},
+    {128, 56, 8, 8, 1, 4, true},
+    {128, 48, 8, 8, 1, 4, true},
+    {128, 40, 8, 8, 1, 4, true},
+    {128, 32, 8, 8, 1, 4, true},
+    {64, 128, 8, 4, 1, 4, true},
+    {64, 64, 8, 4, 1, 5, true},
+    {64, 40, 8, 4, 1, 5, true},
 };
-#if defined(LP_FEW_TILES)  // for a quick check that everything compiles
-constexpr int kTileCount = LP_FEW_TILES;
-#else
 constexpr int kTileCount = int(sizeof(kTiles) / sizeof(kTiles[0]));
+
+// Whether there is a kernel of this tile and type.
+template <class S>
+constexpr bool has_tile(int tile) {
+#if defined(LP_FEW_TILES)  // for a quick check that everything compiles: one of each kind
+  if (tile != 0 && tile != kTileCount - 1) return false;
 #endif
+  return !kTiles[tile].group || S::kLanes == 8;
+}
 
 template <class S, int I>
-using TileAt = Tile<S, kTiles[I].bm, kTiles[I].bn, kTiles[I].ch, kTiles[I].warps_m, kTiles[I].warps_n, kTiles[I].stages>;
+using TileAt =
+    Tile<S, kTiles[I].bm, kTiles[I].bn, kTiles[I].ch, kTiles[I].warps_m, kTiles[I].warps_n, kTiles[I].stages, kTiles[I].group>;
 
 struct Launch {
   int tile, splits, blocks_m, blocks_n;
@@ -31,21 +65,24 @@ struct Launch {
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Relative time of a tile: products, traffic of its edges, and sums that leave it; times how often the chip must be filled.
-// The weights are estimates. LIGHTNING_PRUNE_CUDA_TILE overrides the choice.
+// The weights are estimates: nobody has measured them. LIGHTNING_PRUNE_CUDA_TILE overrides the choice.
 inline double launch_cost(const TileShape& t, int64_t pixels, int64_t columns, int64_t depth, int splits, int processors) {
   const int64_t blocks = divide_up(pixels, t.bm) * divide_up(columns, t.bn) * splits;
   const double rounds = double(divide_up(blocks, processors));
   const double steps = double(divide_up(divide_up(depth, t.ch), splits)) * t.ch;
-  const double per_block = steps * (t.bm * t.bn + 40.0 * (t.bm + t.bn)) + 12.0 * t.bm * t.bn + 40000.0;
+  const double products = (t.group ? 0.5 : 1.0) * t.bm * t.bn;
+  const double per_block = steps * (products + 40.0 * (t.bm + t.bn)) + 12.0 * t.bm * t.bn + 40000.0;
   const double adding = splits > 1 ? 60000.0 + 0.5 * double(pixels) * double(columns) * splits / processors : 0.0;
   return rounds * per_block + adding;
 }
 
-inline Launch choose_launch(int64_t pixels, int64_t columns, int64_t depth, int processors, int tile = -1, int splits = 0) {
+// `groups`: tiles of warp groups may be chosen; `tile` and `splits` fix the choice.
+inline Launch choose_launch(int64_t pixels, int64_t columns, int64_t depth, int processors, bool groups, int tile = -1,
+                            int splits = 0) {
   Launch best{0, 1, 0, 0};
   double least = -1;
   for (int i = 0; i < kTileCount; ++i) {
-    if (tile >= 0 && i != tile) continue;
+    if (tile >= 0 ? i != tile : kTiles[i].group && !groups) continue;
     const TileShape& t = kTiles[i];
     const int64_t steps = divide_up(depth, t.ch), blocks = divide_up(pixels, t.bm) * divide_up(columns, t.bn);
     for (int s = splits > 0 ? splits : 1; s <= (splits > 0 ? splits : 16); s *= 2) {
