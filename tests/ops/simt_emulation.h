@@ -54,11 +54,11 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Exchange> warps;
   std::vector<char> memory;
-  std::vector<char> hidden;  // per 16 bytes: a copy that products do not see yet
+  std::vector<char> pending, hidden;  // per 16 bytes: copies on their way, and one that products do not see yet
   ucontext_t start;
   jmp_buf scheduler;
   int current = 0, bx = 0, by = 0;
-  int64_t read_conflicts = 0, write_conflicts = 0, misaligned = 0, outside = 0;
+  int64_t read_conflicts = 0, write_conflicts = 0, misaligned = 0, outside = 0, races = 0;
   const char *x_begin = nullptr, *x_end = nullptr, *w_begin = nullptr, *w_end = nullptr;
 };
 inline Machine machine;
@@ -100,6 +100,7 @@ inline void sync_warp() {
     yield();
   }
 }
+inline size_t piece_of(const void* p) { return size_t(static_cast<const char*>(p) - machine.memory.data()) / 16; }
 inline Exchange& warp() { return machine.warps[size_t(machine.current / 32)]; }
 
 // Conflicts of eight 16-byte accesses, one phase of a warp: all 32 banks must be hit once.
@@ -122,6 +123,7 @@ inline void copy16(void* to, const void* from, int bytes) {
   const bool in_w = source >= machine.w_begin && source + bytes <= machine.w_end;
   if (bytes > 0 && !in_x && !in_w) ++machine.outside;
   self().targets.push_back(to);
+  ++machine.pending[piece_of(to)];
   self().open.push_back(Copy{static_cast<char*>(to), source, bytes});
 }
 inline void copies_end_group() {
@@ -134,8 +136,9 @@ void copies_wait() {
     for (const Copy& c : self().groups.front()) {
       std::memset(c.to, 0, 16);
       std::memcpy(c.to, c.from, size_t(c.bytes));
-      self().arrived.push_back(size_t(c.to - machine.memory.data()) / 16);
+      self().arrived.push_back(piece_of(c.to));
       machine.hidden[self().arrived.back()] = 1;
+      --machine.pending[self().arrived.back()];
     }
     self().groups.pop_front();
   }
@@ -146,6 +149,7 @@ template <int MATRICES>
 void load_matrices(uint32_t* r, const void* row) {
   const int lane = machine.current % 32;
   warp().rows[lane] = row;
+  if (machine.pending[piece_of(row)]) ++machine.races;  // what is read may be the copy or what was there before
   sync_warp();
   if (lane == 0)
     for (int i = 0; i < MATRICES; ++i) machine.read_conflicts += conflicts(warp().rows + 8 * i);
@@ -203,7 +207,7 @@ inline const char* factor_row(uint64_t descriptor, int row, int chunk) {
     ++machine.outside;
     return machine.memory.data();
   }
-  if (machine.hidden[size_t(at / 16)]) ++machine.outside;
+  if (machine.hidden[size_t(at / 16)] || machine.pending[size_t(at / 16)]) ++machine.races;
   return machine.memory.data() + at;
 }
 
@@ -259,6 +263,7 @@ inline void run_block(int threads, int shared_bytes, bool reverse, std::function
   machine.warps.resize(size_t(threads / 32));
   machine.memory.assign(size_t(shared_bytes), char(0xff));  // NaN in every type
   machine.hidden.assign(size_t(shared_bytes) / 16 + 1, 0);
+  machine.pending = machine.hidden;
   for (Fiber& f : machine.fibers) {
     if (!f.stack) f.stack.reset(new char[kStack]);
     f.done = f.begun = f.blocked = false, f.block_rounds = f.warp_rounds = 0;

@@ -88,7 +88,7 @@ extern "C" void convert(int dtype, const float* values, int64_t count, uint16_t*
 }
 
 // Returns -1 when the kernel does not take these tensors. counters: read and write bank conflicts, misaligned accesses and
-// operands, copies from outside the tensors.
+// operands, copies from outside the tensors, reads of shared memory that a copy is changing.
 extern "C" int emulate_tensor_conv(const int64_t* shape, int dtype, void* x, const int64_t* xs, int64_t x_bytes, void* weight,
                                    int64_t weight_bytes, const void* bias, int bias_is_float, void* residual, const int64_t* rs,
                                    void* y, const int64_t* ys, int y_has_room, const int64_t* out_index, int64_t y_channels,
@@ -113,7 +113,7 @@ extern "C" int emulate_tensor_conv(const int64_t* shape, int dtype, void* x, con
   auto& m = simt::machine;
   m.x_begin = static_cast<char*>(x), m.x_end = m.x_begin + x_bytes;
   m.w_begin = static_cast<char*>(weight), m.w_end = m.w_begin + weight_bytes;
-  m.read_conflicts = m.write_conflicts = m.misaligned = m.outside = 0;
+  m.read_conflicts = m.write_conflicts = m.misaligned = m.outside = m.races = 0;
   if (f.dtype == DType::f32)
     run<Tf32>(f, tile, splits, reverse);
   else if (f.dtype == DType::bf16)
@@ -121,5 +121,6 @@ extern "C" int emulate_tensor_conv(const int64_t* shape, int dtype, void* x, con
   else
     run<F16>(f, tile, splits, reverse);
   counters[0] = m.read_conflicts, counters[1] = m.write_conflicts, counters[2] = m.misaligned, counters[3] = m.outside;
+  counters[4] = m.races;
   return 0;
 }
