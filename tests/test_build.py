@@ -58,7 +58,7 @@ def test_cuda_sources_compile() -> None:
     command = [
         nvcc,
         "-gencode=arch=compute_90a,code=sm_90a",
-        "-DLP_FEW_TILES=1",
+        "-DLP_FEW_TILES",
         "-O1",
         "-Werror=all-warnings",
         "-Xcompiler=-fPIC",

@@ -162,7 +162,7 @@ def test_kernels_against_float64(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", range(15))
+@pytest.mark.parametrize("tile", range(29))
 def test_every_tile_and_split(
     target: torch.device, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
