@@ -61,13 +61,19 @@ LP_HD int64_t packed_offset(int64_t o, int64_t c, int64_t tap, int64_t outputs, 
   return g * width * depth + panel * kPanel * depth + (tap * channels_per_group + c) * lanes + local % kPanel;
 }
 
-// Behind the direct layout a packed weight may carry its Winograd transform, in the same panels with the points for taps. A
-// tile's code says which: 0 is none, the side of its outputs with stride 1 (2: 3x3 and 5x5, 4: 3x3), and with stride 2 that
-// much more than kStridedTile (4 and 5: 3x3, 4: 5x5, 3: 7x7).
-constexpr int kStridedTile = 16;
-constexpr int kTileCodes[] = {2, 4, kStridedTile + 3, kStridedTile + 4, kStridedTile + 5};
+// Behind the direct layout a packed weight may carry a transform of itself, in the same panels. Winograd's has its points for
+// taps. A tile's code says which: 0 is none, the side of its outputs with stride 1 (2: 3x3 and 5x5, 4: 3x3), and with stride 2
+// that much more than kStridedTile (4 and 5: 3x3, 4: 5x5, 3: 7x7). 1x1 has Strassen's: its seven products are the taps, half
+// the inputs the channels, and half of every unit of 64 outputs the outputs.
+constexpr int kStridedTile = 16, kStrassenTile = 1;
+constexpr int kTileCodes[] = {2, 4, kStridedTile + 3, kStridedTile + 4, kStridedTile + 5, kStrassenTile};
+constexpr int64_t kStrassenHalf = 32;
 
-LP_HD bool winograd_takes(int64_t kernel, int tile) {
+// Units of the outputs; the last one may have up to 15 outputs too few. What is left over has no transform.
+LP_HD int64_t strassen_units(int64_t outputs) { return (outputs + 15) / (2 * kStrassenHalf); }
+
+LP_HD bool transform_takes(int64_t kernel, int tile) {
+  if (kernel == 1) return tile == kStrassenTile;
   if (kernel == 3) return tile == 2 || tile == 4 || tile == kStridedTile + 4 || tile == kStridedTile + 5;
   return kernel == 5 ? tile == 2 || tile == kStridedTile + 4 : kernel == 7 && tile == kStridedTile + 3;
 }
@@ -83,6 +89,7 @@ LP_HD int64_t winograd_products(int64_t kernel, int64_t channels, int tile) {
 }
 
 LP_HD int64_t transformed_size(int64_t outputs, int64_t channels, int64_t kernel, int tile) {
+  if (tile == kStrassenTile) return packed_size(kStrassenHalf * strassen_units(outputs), (channels + 1) / 2, 7, 1);
   return tile == 0 ? 0 : packed_size(outputs, channels, winograd_products(kernel, channels, tile), 1);
 }
 
@@ -91,7 +98,7 @@ LP_HD int packed_tile(int64_t size, int64_t outputs, int64_t channels_per_group,
   const int64_t direct = packed_size(outputs, channels_per_group, kh * kw, groups);
   if (size == direct) return 0;
   for (int tile : kTileCodes)
-    if (kh == kw && groups == 1 && winograd_takes(kh, tile) &&
+    if (kh == kw && groups == 1 && transform_takes(kh, tile) &&
         size == direct + transformed_size(outputs, channels_per_group, kh, tile))
       return tile;
   return -1;
@@ -168,7 +175,7 @@ struct CompactForward {
   View x, residual, y;  // residual.data == nullptr: none
   const void* packed;
   bool packed_is_half;  // CPU: in the half type `dtype`, else float32
-  int tile;             // code of the Winograd weights in `packed`; 0: none
+  int tile;             // code of the transformed weights in `packed`; 0: none
   const void* bias;
   IndexList in_index, out_index;
   int64_t x_channels, y_channels;

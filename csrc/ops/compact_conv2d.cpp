@@ -29,22 +29,32 @@ DType storage_type(ScalarType t) {
 
 bool is_half(ScalarType t) { return t == ScalarType::BFloat16 || t == ScalarType::Half; }
 
-// "auto": the transform from as many channels as the direct kernels were slower; winograd.py has the same rules.
+// "auto": the transform from as many channels as the direct kernels were slower; winograd.py and strassen.py have the same
+// rules.
 int parse_algorithm(const char* op, const std::string& name, const Tensor& weight, int64_t groups) {
-  static const char* const names[] = {"winograd2", "winograd4", "winograd3_stride2", "winograd4_stride2", "winograd5_stride2"};
+  static const char* const names[] = {"winograd2",         "winograd4",         "winograd3_stride2",
+                                      "winograd4_stride2", "winograd5_stride2", "strassen"};
   const int64_t kernel = weight.size(2);
   const bool fits = weight.size(3) == kernel && groups == 1 && !weight.is_cuda() && weight.scalar_type() != ScalarType::Double;
   const bool half = is_half(weight.scalar_type());
   // Half storage rounds the transformed weight too, which only the small tile forgives.
+  if (name == "auto" && kernel == 1)
+    return fits && weight.scalar_type() == ScalarType::Float && strassen_units(weight.size(0)) >= 2 && weight.size(1) >= 48
+               ? kStrassenTile
+               : 0;
   if (name == "auto")
     return !fits || (kernel != 3 && kernel != 5) || weight.size(0) < 12 || weight.size(1) < 12 ? 0
            : kernel == 5                                                                       ? (half ? 0 : 2)
            : half                                                                              ? 2
                                                                                                : 4;
   if (name == "direct" || name == "tensor_core") return 0;
-  for (int i = 0; i < 5; ++i) {
+  if (name == "strassen" && !(fits && kernel == 1 && weight.scalar_type() == ScalarType::Float))
+    fail(op, ": algorithm 'strassen' takes float32 weights on the CPU with groups=1 and of shape (O, C, 1, 1); got ",
+         dtype_name(weight.scalar_type()), " of shape ", show_shape(weight), weight.is_cuda() ? " on CUDA" : "",
+         " with groups=", groups);
+  for (int i = 0; i < 6; ++i) {
     if (name != names[i]) continue;
-    if (fits && winograd_takes(kernel, kTileCodes[i])) return kTileCodes[i];
+    if (fits && transform_takes(kernel, kTileCodes[i])) return kTileCodes[i];
     fail(op, ": algorithm '", name,
          "' takes float32 or half weights on the CPU with groups=1 and of shape (O, C, k, k), k = 3 or 5 for winograd2 and "
          "winograd4_stride2, 3 for winograd4 and winograd5_stride2, 7 for winograd3_stride2; got ",
@@ -53,7 +63,7 @@ int parse_algorithm(const char* op, const std::string& name, const Tensor& weigh
   }
   fail(op,
        ": algorithm must be one of auto, direct, winograd2, winograd4, winograd3_stride2, winograd4_stride2, "
-       "winograd5_stride2, tensor_core; got '",
+       "winograd5_stride2, strassen, tensor_core; got '",
        name, "'");
 }
 
@@ -114,7 +124,9 @@ Tensor pack_conv2d_weight(const Tensor& weight, int64_t groups, const std::strin
                        static_cast<float*>(packed.data_ptr()) + direct, gap, transformed, current_stream(w));
   } else {
     pack_cpu(view_of(w), dtype, w.size(0), w.size(1), w.size(2), w.size(3), groups, packed.data_ptr(), scratch.env());
-    if (tile != 0)
+    if (tile == kStrassenTile)
+      pack_strassen_cpu(view_of(w), w.size(0), w.size(1), static_cast<float*>(packed.data_ptr()) + direct, scratch.env());
+    else if (tile != 0)
       pack_winograd_cpu(view_of(w), w.size(0), w.size(1), int(w.size(2)), tile, static_cast<float*>(packed.data_ptr()) + direct,
                         scratch.env());
   }
@@ -178,7 +190,8 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
   f.x = view_of(x);
   if (residual) f.residual = view_of(*residual);
   f.y = view_of(y);
-  f.tile = tile < 0 ? 0 : tile;
+  // Strassen's sums of weights that were rounded to a half type have lost too much.
+  f.tile = tile < 0 || (tile == kStrassenTile && is_half(packed.scalar_type())) ? 0 : tile;
   f.bias = data_of(shift);
   f.in_index = IndexList{in ? static_cast<const int64_t*>(in->data_ptr()) : nullptr, s.channels};
   f.out_index = IndexList{out ? static_cast<const int64_t*>(out->data_ptr()) : nullptr, s.outputs};

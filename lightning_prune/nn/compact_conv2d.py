@@ -14,8 +14,9 @@ from lightning_prune.nn._backend import Chooser, Layer
 from lightning_prune.nn._convert import activation_name, symmetric_padding
 from lightning_prune.ops.masked_conv2d import pair
 from lightning_prune.ops.reference import check_index, packed_size
+from lightning_prune.ops.strassen import STRASSEN
 from lightning_prune.ops.tensor_cores import tf32_allowed
-from lightning_prune.ops.winograd import STRIDED, WINOGRAD, strided_default
+from lightning_prune.ops.winograd import STRIDED, TRANSFORMED, strided_default
 
 
 def _fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,8 @@ class CompactConv2d(nn.Module):
         out_index: int64 channels of the residual to which the outputs are added, or None.
         device: of the buffers.
         dtype: of the buffers.
-        exact: never use Winograd convolution or, on a GPU, tf32, whose rounding errors differ from those of the plain sum.
+        exact: never use Winograd convolution, Strassen's algorithm or, on a GPU, tf32, whose rounding errors differ from those
+            of the plain sum.
             Otherwise float32 runs in tf32 on a GPU where torch's own convolutions may (``torch.backends.cudnn``).
         backend: ``own`` always runs this package's kernel, ``vendor`` torch's; ``auto`` times both, and oneDNN with
             prepacked weights, on the first input of each shape and takes ours where it is at least 3 % faster than every
@@ -107,9 +109,9 @@ class CompactConv2d(nn.Module):
         super().__init__()
         if backend not in (None, "auto", "own", "vendor"):
             raise ValueError(f"backend must be auto, own, vendor or None; got {backend!r}")
-        if algorithm not in (None, "auto", "direct", *WINOGRAD):
+        if algorithm not in (None, "auto", "direct", *TRANSFORMED):
             raise ValueError(
-                f"algorithm must be auto, direct, {', '.join(WINOGRAD)} or None; got {algorithm!r}"
+                f"algorithm must be auto, direct, {', '.join(TRANSFORMED)} or None; got {algorithm!r}"
             )
         self.backend = backend
         self.algorithm = algorithm
@@ -164,10 +166,12 @@ class CompactConv2d(nn.Module):
             return "auto"
         if wanted == "auto":
             wanted = strided_default(self.weight_shape)
-        tile, kernels = WINOGRAD.get(wanted, (0, ()))
+        tile, kernels = TRANSFORMED.get(wanted, (0, ()))
         step = 1 if tile < STRIDED else 2
         fits = self.groups == 1 and weight.dtype != torch.float64 and weight.shape[2] == weight.shape[3]
         fits = fits and tuple(self.stride) == (step, step)
+        if tile == STRASSEN:
+            fits = fits and weight.dtype == torch.float32
         if step == 2:
             fits = fits and tuple(self.dilation) == (1, 1) and weight.dtype == torch.float32
         return wanted if fits and weight.shape[2] in kernels else "direct"

@@ -99,10 +99,10 @@ def _masked_conv2d_backward_fake(
 def _pack_fake(weight: Tensor, groups: int, algorithm: str = "direct") -> Tensor:
     from lightning_prune.ops.reference import compute_dtype, packed_size
     from lightning_prune.ops.tensor_cores import tensor_lanes, tensor_weight_size
-    from lightning_prune.ops.winograd import winograd_tile
+    from lightning_prune.ops.winograd import transform_tile
 
     shape = tuple(weight.shape)
-    size = packed_size(shape, groups, winograd_tile(weight, groups, algorithm))
+    size = packed_size(shape, groups, transform_tile(weight, groups, algorithm))
     size += tensor_weight_size(shape, groups, tensor_lanes(weight, groups, algorithm))
     return weight.new_empty((size,), dtype=compute_dtype(weight.dtype))
 

@@ -29,11 +29,15 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct
             without dilation, with output tiles of that side: even and odd inputs are a stride-1 convolution each, transformed
             at the same points. They do 56 %, 54 %, and for 5x5 and 7x7 30 % and 27 % of the multiplications (7x7 of up to
             four channels: 33 %, on blocks of 2x2 pixels), in 10, 14.4, 5.8 and 3.5 times the memory.
+            ``strassen`` (float32, 1x1, groups=1, CPU) adds the sums of one level of Strassen's algorithm (1969) in Winograd's
+            form: for every 64 outputs (what is left over, up to 48, is summed directly) 7/8 of the multiplications, in 2.75
+            times the memory; it is used for stride 1 on channels_last maps of 48 pixels and more.
             ``tensor_core`` (CUDA, dense or depthwise) adds the weight in the layout of the tensor-core
             kernels, for inputs of the weight's dtype; float32 is multiplied as tf32 there, except in depthwise
             convolutions. ``auto``, from 12 inputs and outputs up, takes ``winograd4`` for 3x3, ``winograd2`` for 5x5 and
             for 3x3 in half types (where a transformed weight that is stored in half loses nothing that shows), and
-            ``tensor_core`` for half types and depthwise weights on CUDA.
+            ``tensor_core`` for half types and depthwise weights on CUDA; and ``strassen`` for 1x1 in float32 from 48 inputs
+            and 113 outputs up.
 
     Returns:
         1-D tensor on the weight's device; float64 for float64 weights, else float32. Its layout does not depend on the
@@ -96,7 +100,10 @@ def compact_conv2d(
     most 5e-6 for the direct and the 4x4 Winograd algorithm, 2.5e-6 for the 2x2 one (5x5: 6e-6, and 5e-6 with 2x2 tiles). With
     stride 2 at most 5e-6 (``winograd5_stride2``: 1e-5). The tests hold it for up to 700 channels with random values, values
     over eight orders of magnitude, large offsets, spikes and alternating signs. An output of a Winograd tile has an error
-    relative to the largest sum of its tile, not to its own.
+    relative to the largest sum of its tile, not to its own. ``strassen`` also adds inputs of the two pixels of a pair, and
+    weights of a unit's 64 outputs, before it multiplies: its error is at most 1e-6 of ``C * max |x| * max |weight|``, also
+    where most inputs meet weights of zero, and infinities and NaN may reach all outputs of the other pixel (at most 27 further
+    on). On inputs of one scale it is two to three times the direct algorithm's.
 
     There is no gradient: an input that requires one is computed by the reference, which has one.
     """

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune.ops.tensor_cores import carried_lanes, tensor_lanes, tensor_weight
-from lightning_prune.ops.winograd import WINOGRAD, transform_weight, transformed_shape, winograd_tile
+from lightning_prune.ops.winograd import TRANSFORMED, transform_tile, transform_weight, transformed_shape
 
 _PANEL = 16
 
@@ -149,7 +149,7 @@ def check_packable(weight_shape: Sequence[int], groups: int) -> None:
 def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct") -> Tensor:
     """Reference of :func:`lightning_prune.ops.pack_conv2d_weight`."""
     check_packable(weight.shape, groups)
-    tile = winograd_tile(weight, groups, algorithm)
+    tile = transform_tile(weight, groups, algorithm)
     shape = (weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3])
     packed = weight.new_zeros(packed_size(shape, groups), dtype=compute_dtype(weight.dtype))
     packed[_packed_positions(shape, groups).to(weight.device)] = weight.to(packed.dtype)
@@ -174,7 +174,7 @@ def unpack_conv2d_weight(packed: Tensor, weight_shape: Sequence[int], groups: in
     expected = packed_size(shape, groups)
     tiles = {0}
     if groups == 1 and shape[2] == shape[3]:
-        tiles |= {tile for tile, kernels in WINOGRAD.values() if shape[2] in kernels}
+        tiles |= {tile for tile, kernels in TRANSFORMED.values() if shape[2] in kernels}
     sizes = {packed_size(shape, groups, tile) for tile in tiles}
     known = packed.dim() == 1 and (
         packed.shape[0] in sizes or carried_lanes(packed.shape[0], expected, shape, groups) > 0

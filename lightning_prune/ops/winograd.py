@@ -1,7 +1,8 @@
 """Which algorithm a packed weight carries, and the reference of the Winograd weight transform.
 
-A packed weight always begins with the direct layout. Behind it may lie the weight transformed for Winograd convolution, so
-the number of elements says which algorithm it was packed for, and every operator, device and dtype can still use the rest.
+A packed weight always begins with the direct layout. Behind it may lie the weight transformed for Winograd convolution (or, for
+1x1, Strassen's algorithm, see ``ops/strassen.py``), so the number of elements says which algorithm it was packed for, and every
+operator, device and dtype can still use the rest.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .strassen import STRASSEN, strassen_gains, strassen_pays, strassen_shape, strassen_weight
+
 #: stride 2: a tile's code is so much more than the side of its outputs
 STRIDED = 16
-#: names of the Winograd algorithms, with the codes of their tiles and the kernel sides that they take
-WINOGRAD = {
+#: names of the algorithms with transformed weights, with the codes of their tiles and the kernel sides that they take
+TRANSFORMED = {
     "winograd2": (2, (3, 5)),
     "winograd4": (4, (3,)),
     "winograd3_stride2": (STRIDED + 3, (7,)),
     "winograd4_stride2": (STRIDED + 4, (3, 5)),
     "winograd5_stride2": (STRIDED + 5, (3,)),
+    "strassen": (STRASSEN, (1,)),
 }
-ALGORITHMS = ("auto", "direct", *WINOGRAD, "tensor_core")
+ALGORITHMS = ("auto", "direct", *TRANSFORMED, "tensor_core")
 # Smallest channel counts for which "auto" packs Winograd weights: below, the direct kernels are as fast.
 AUTO_MIN_CHANNELS = 12
 # Inputs times outputs from which up to four 4x4 tiles are dearer than sixteen 2x2 ones: the transform leaves the L2 cache.
@@ -37,17 +41,19 @@ _POINTS = {
 }
 
 
-def winograd_tile(weight: Tensor, groups: int, algorithm: str) -> int:
-    """Code of the tile whose transformed weights ``algorithm`` asks for: see ``WINOGRAD``; 0 for none.
+def transform_tile(weight: Tensor, groups: int, algorithm: str) -> int:
+    """Code of the tile whose transformed weights ``algorithm`` asks for: see ``TRANSFORMED``; 0 for none.
 
     Raises:
-        ValueError: an unknown algorithm, or a Winograd algorithm for a weight it does not take.
+        ValueError: an unknown algorithm, or one with transformed weights for a weight it does not take.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
     shape = tuple(weight.shape)
     fits = shape[2] == shape[3] and weight.dtype != torch.float64 and groups == 1 and not weight.is_cuda
     if algorithm == "auto":
+        if fits and shape[2] == 1 and weight.dtype == torch.float32 and strassen_pays(shape):
+            return STRASSEN
         if not fits or shape[2] not in (3, 5) or min(shape[0], shape[1]) < AUTO_MIN_CHANNELS:
             return 0
         # half storage rounds the transformed weight too, which only the small tile of 3x3 forgives
@@ -57,7 +63,12 @@ def winograd_tile(weight: Tensor, groups: int, algorithm: str) -> int:
         return 2 if half else 4
     if algorithm in ("direct", "tensor_core"):
         return 0
-    tile, kernels = WINOGRAD[algorithm]
+    tile, kernels = TRANSFORMED[algorithm]
+    if tile == STRASSEN and not (fits and shape[2] == 1 and weight.dtype == torch.float32):
+        raise ValueError(
+            "algorithm 'strassen' takes float32 weights on the CPU with groups=1 and of shape (O, C, 1, 1); "
+            f"got {weight.dtype} of shape {shape} on {weight.device.type} with groups={groups}"
+        )
     if not fits or shape[2] not in kernels:
         raise ValueError(
             f"algorithm {algorithm!r} takes float32 or half weights on the CPU with groups=1 and of shape (O, C, k, k), "
@@ -70,8 +81,9 @@ def winograd_tile(weight: Tensor, groups: int, algorithm: str) -> int:
 def algorithm_for(weight_shape: Sequence[int], images: int, height: int, width: int, stride: int = 1) -> str:
     """The algorithm to pack a weight with when the output's size is known.
 
-    With stride 1 ``auto``, or ``winograd2`` where a large weight meets so few 4x4 tiles that reading its transform takes
-    longer than computing with it. With stride 2 the tile that multiplies least, edges included, or ``direct``.
+    With stride 1 ``auto``, or ``direct`` for a 1x1 of few pixels, or ``winograd2`` where a large weight meets so few 4x4 tiles
+    that reading its transform takes longer than computing with it. With stride 2 the tile that multiplies least, edges
+    included, or ``direct``.
 
     Args:
         weight_shape: (O, C, kh, kw).
@@ -81,6 +93,8 @@ def algorithm_for(weight_shape: Sequence[int], images: int, height: int, width: 
         stride: 1 or 2, along both dimensions.
     """
     outputs, channels, kernel, across = (int(size) for size in weight_shape)
+    if (kernel, across, stride) == (1, 1, 1):
+        return "auto" if strassen_gains(weight_shape, images * height * width) else "direct"
     if stride == 2:
         if kernel != across:
             return "direct"
@@ -95,7 +109,7 @@ def _strided_algorithm(outputs: int, channels: int, kernel: int, images: int, he
         return "direct"
     before = images * height * width * kernel**2
     found, least = "direct", 0.8 * before
-    for name, (tile, kernels) in WINOGRAD.items():
+    for name, (tile, kernels) in TRANSFORMED.items():
         if tile < STRIDED or kernel not in kernels:
             continue
         side = tile - STRIDED
@@ -125,7 +139,7 @@ def strided_default(weight_shape: Sequence[int]) -> str:
     if name == "direct" or not _strided_pays(outputs, channels, kernel):
         return "direct"
     # what is large has small maps, and takes a multiple of its memory
-    weight = winograd_products(kernel, channels, WINOGRAD[name][0]) * channels * outputs
+    weight = winograd_products(kernel, channels, TRANSFORMED[name][0]) * channels * outputs
     return name if weight <= STRIDED_MOST_WEIGHTS else "direct"
 
 
@@ -169,12 +183,14 @@ def transform_matrix(tile: int, kernel: int = 3) -> Tensor:
 
 
 def transform_weight(weight: Tensor, tile: int) -> Tensor:
-    """The weight at the Winograd points; computed in float64, rounded once.
+    """The weight at the Winograd points, or Strassen's sums of it; computed in float64, rounded once.
 
     Returns:
         Shape of :func:`transformed_shape`. With stride 2 a point has up to four (row phase, column phase), which follow it
         as taps, or as channels for few channels.
     """
+    if tile == STRASSEN:
+        return strassen_weight(weight)
     kernel, channels = weight.shape[-1], weight.shape[1]
     g = transform_matrix(tile, kernel).to(weight.device)
     full = (g @ weight.double() @ g.T).to(weight.dtype)
@@ -196,6 +212,8 @@ def transform_weight(weight: Tensor, tile: int) -> Tensor:
 
 def transformed_shape(weight_shape: Sequence[int], tile: int) -> tuple[int, int, int, int]:
     """Shape of :func:`transform_weight`: (O, C, points, points), with stride 2 (O, C, 1, products) or (O, 4 C, 6, 6)."""
+    if tile == STRASSEN:
+        return strassen_shape(weight_shape)
     outputs, channels, kernel = (int(size) for size in weight_shape[:3])
     side = tile % STRIDED + (kernel - 1) // (1 if tile < STRIDED else 2)
     if tile < STRIDED:

@@ -14,7 +14,7 @@ from lightning_prune.nn import CompactConv2d
 from lightning_prune.ops import reference
 from lightning_prune.ops.winograd import (
     STRIDED,
-    WINOGRAD,
+    TRANSFORMED,
     algorithm_for,
     strided_default,
     transform_weight,
@@ -24,7 +24,9 @@ from tests.ops.conv_cases import check_drawn, error
 from tests.ops.test_winograd import inputs_of
 
 OP = torch.ops.lightning_prune
-CASES = [(name, kernel) for name, (tile, kernels) in WINOGRAD.items() if tile > STRIDED for kernel in kernels]
+CASES = [
+    (name, kernel) for name, (tile, kernels) in TRANSFORMED.items() if tile > STRIDED for kernel in kernels
+]
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +71,7 @@ def test_packed_is_the_direct_layout_and_the_transform(algorithm: str, kernel: i
         packed, reference.pack_conv2d_weight(weight, 1, algorithm), rtol=1e-6, atol=1e-7
     )
     assert torch.equal(ops.unpack_conv2d_weight(packed, weight.shape), weight)
-    tile = WINOGRAD[algorithm][0]
+    tile = TRANSFORMED[algorithm][0]
     transformed = transform_weight(weight, tile)
     tail = packed[reference.packed_size(weight.shape, 1) :]
     torch.testing.assert_close(
@@ -104,7 +106,7 @@ def test_accuracy(kind: str, channels: int) -> None:
 @pytest.mark.parametrize("channels", [3, 16])
 def test_special_values_stay_in_reach(algorithm: str, kernel: int, channels: int) -> None:
     # A tile shares its inputs: NaN may reach the other pixels of a tile that reads it, never those of another tile.
-    side = WINOGRAD[algorithm][0] - STRIDED
+    side = TRANSFORMED[algorithm][0] - STRIDED
     weight = torch.ones(24, channels, kernel, kernel)
     for at in range(6, 40, 3):
         x = torch.zeros(1, channels, 60, 60).to(memory_format=torch.channels_last)

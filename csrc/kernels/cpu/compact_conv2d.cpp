@@ -109,13 +109,48 @@ void pack_transformed(const View& w, int64_t outputs, int64_t channels, int kern
       &context);
 }
 
+// Seven sums of the quarters of every unit, in double and rounded once; kernels/cpu/strassen.h multiplies in this order. With
+// an odd number of channels the one in the middle is in both halves, with a weight of zero in the second.
+void pack_strassen(const View& w, int64_t outputs, int64_t channels, float* packed, const Env& env) {
+  struct Context {
+    const View& w;
+    int64_t outputs, channels;
+    float* packed;
+  } context{w, outputs, channels, packed};
+  env.parallel(
+      strassen_units(outputs) * kStrassenHalf,
+      [](int64_t begin, int64_t end, void* ctx) {
+        const Context& c = *static_cast<Context*>(ctx);
+        const int64_t depth = (c.channels + 1) / 2, lanes = strassen_units(c.outputs) * kStrassenHalf;
+        const auto at = [&](int64_t output, int64_t channel) {
+          return output < c.outputs ? double(static_cast<const float*>(c.w.data)[output * c.w.n + channel * c.w.c]) : 0.0;
+        };
+        for (int64_t lane = begin; lane < end; ++lane)
+          for (int64_t k = 0; k < depth; ++k) {
+            const int64_t left = lane / kStrassenHalf * kStrassenHalf + lane, right = left + kStrassenHalf;
+            const int64_t second = c.channels - depth + k;
+            const double b11 = at(left, k), b12 = at(right, k);
+            const double b21 = second < depth ? 0 : at(left, second), b22 = second < depth ? 0 : at(right, second);
+            const double t1 = b12 - b11, t2 = b22 - t1;
+            const double product[7] = {b11, b21, t2, b22 - b12, b21 - t2, t1, b22};
+            for (int i = 0; i < 7; ++i) c.packed[packed_offset(lane, k, i, lanes, depth, 7, 1)] = float(product[i]);
+          }
+      },
+      &context);
+}
+
+// Pixels from which Strassen's products pay: they read 1.75 times the weights.
+constexpr int64_t kStrassenPixels = 48;
+
 // Multiplications that every weight which a transform for stride 2 adds must save: it may come from memory.
 constexpr int64_t kSavedPerWeight = 12;
 
-// Winograd pays from a few tiles up: fewer read its many weights for too little work. And its tiles must not be mostly empty.
-bool use_winograd(const CompactForward& f, int64_t images) {
+// Whether to compute with the transformed weight. Winograd pays from a few tiles up: fewer read its many weights for too little
+// work. And its tiles must not be mostly empty.
+bool use_transform(const CompactForward& f, int64_t images) {
   const ConvShape& s = f.shape;
   if (f.tile == 0 || f.dtype == DType::f64 || s.groups != 1 || s.channels == 0) return false;
+  if (f.tile == kStrassenTile) return images * s.out_h * s.out_w >= kStrassenPixels;
   const int stride = f.tile < kStridedTile ? 1 : 2, side = f.tile % kStridedTile;
   if (s.stride_h != stride || s.stride_w != stride) return false;
   if (stride == 2 && (s.dil_h != 1 || s.dil_w != 1)) return false;
@@ -132,7 +167,7 @@ bool use_winograd(const CompactForward& f, int64_t images) {
 }
 
 template <class T>
-void compact(const CompactForward& f, bool winograd, const Env& env) {
+void compact(const CompactForward& f, bool transformed, const Env& env) {
   const ConvShape& s = f.shape;
   const Taps taps = forward_taps(env, s);
   TapConv p{};
@@ -210,7 +245,9 @@ void compact(const CompactForward& f, bool winograd, const Env& env) {
   p.out_begin = outs.begin;
   p.weight_begin = begin;
   p.depthwise = depthwise;
-  if (winograd) {
+  if (transformed && f.tile == kStrassenTile) {
+    if (level().strassen(p, env)) return;
+  } else if (transformed) {
     p.weight = static_cast<const float*>(f.packed) + packed_size(s.outputs, s.channels, taps.count, 1);
     level().winograd(p, f.tile, env);
     return;
@@ -219,11 +256,11 @@ void compact(const CompactForward& f, bool winograd, const Env& env) {
 }
 
 // The part of a half weight that is used, where it would lie in a float32 one: the direct layout, or the transform behind it.
-const float* widened_weight(const CompactForward& f, bool winograd, const Env& env) {
+const float* widened_weight(const CompactForward& f, bool transformed, const Env& env) {
   const ConvShape& s = f.shape;
   const int64_t direct = packed_size(s.outputs, s.channels / s.groups, s.kh * s.kw, s.groups);
-  const int64_t begin = winograd ? direct : 0;
-  const int64_t count = winograd ? transformed_size(s.outputs, s.channels, s.kh, f.tile) : direct;
+  const int64_t begin = transformed ? direct : 0;
+  const int64_t count = transformed ? transformed_size(s.outputs, s.channels, s.kh, f.tile) : direct;
   float* copy = scratch<float>(env, begin + count);
   constexpr int64_t row = 4096;
   const auto widen = [&](int64_t at, int64_t rows, int64_t size) {
@@ -250,8 +287,8 @@ void compact_half(const CompactForward& f, const Env& env) {
   const auto dense = [](float* data, int64_t c, int64_t h, int64_t w) { return View{data, c * h * w, 1, w * c, c}; };
   StepScratch& memory = StepScratch::of_thread();
   const Env inner = memory.env(env.threads, env.parallel);
-  const bool winograd = use_winograd(f, slice);
-  const void* packed = f.packed_is_half ? widened_weight(f, winograd, env) : f.packed;
+  const bool transformed = use_transform(f, slice);
+  const void* packed = f.packed_is_half ? widened_weight(f, transformed, env) : f.packed;
   for (int64_t first = 0; first < s.n; first += slice) {
     const int64_t n = std::min(slice, s.n - first);
     const auto part = [&](const View& v, int64_t c, int64_t h, int64_t w, float* copy) {
@@ -268,7 +305,7 @@ void compact_half(const CompactForward& f, const Env& env) {
     g.x = dense(x, f.x_channels, s.height, s.width);
     g.y = dense(y, f.y_channels, s.out_h, s.out_w);
     if (residual) g.residual = dense(r, f.y_channels, s.out_h, s.out_w);
-    compact<float>(g, winograd, inner);
+    compact<float>(g, transformed, inner);
     level().narrow(part(f.y, f.y_channels, s.out_h, s.out_w, y), inner);
     memory.reset();
   }
@@ -288,6 +325,10 @@ void pack_winograd_cpu(const View& weight, int64_t outputs, int64_t channels, in
   pack_transformed(weight, outputs, channels, kernel, tile, packed, env);
 }
 
+void pack_strassen_cpu(const View& weight, int64_t outputs, int64_t channels, float* packed, const Env& env) {
+  pack_strassen(weight, outputs, channels, packed, env);
+}
+
 void compact_forward_cpu(const CompactForward& f, const Env& env) {
   if (f.dtype != DType::f32 && f.dtype != DType::f64) return compact_half(f, env);
   // A single channel lies channels-last in every memory format.
@@ -295,7 +336,7 @@ void compact_forward_cpu(const CompactForward& f, const Env& env) {
   if (f.x_channels == 1) g.x.c = 1;
   if (f.y_channels == 1) g.y.c = g.residual.c = 1;
   if (f.dtype == DType::f64) return compact<double>(g, false, env);
-  compact<float>(g, use_winograd(g, g.shape.n), env);
+  compact<float>(g, use_transform(g, g.shape.n), env);
 }
 
 }  // namespace lp

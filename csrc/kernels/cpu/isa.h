@@ -28,6 +28,7 @@ namespace LP_ISA {
 #include "epilogue.h"
 #include "tiles.h"
 #include "pointwise.h"
+#include "strassen.h"
 #include "depthwise.h"
 #include "depth_first.h"
 #include "pool.h"
@@ -47,6 +48,7 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
                                    LP_VECTOR_BYTES / 4,
                                    {LP_ISA::conv<float>, LP_ISA::conv<double>},
                                    LP_ISA::winograd,
+                                   LP_ISA::strassen,
                                    LP_ISA::depthwise,
                                    LP_ISA::residual_rows,
                                    LP_ISA::inverted_residual,

@@ -101,6 +101,8 @@ struct CpuKernels {
   int64_t lanes;                                           // floats of a vector
   void (*conv[2])(const TapConv&, const Env&);             // float32, float64
   void (*winograd)(const TapConv&, int tile, const Env&);  // float32, one group; see kTileCodes
+  // float32, 1x1, one group, weight direct and transformed; false: not a case for it
+  bool (*strassen)(const TapConv&, const Env&);
   bool (*depthwise)(const TapConv&, const Env&);  // float32, one group, weight (tap, channel); false: not a case for it
   bool (*residual_rows)(const TapConv&, int64_t channels, const Env&);  // float32: out = act(residual), if it can
   void (*inverted_residual)(const InvertedResidual&, const Env&);
@@ -139,5 +141,7 @@ void pack_cpu(const View& weight, DType dtype, int64_t outputs, int64_t channels
               int64_t groups, void* packed, const Env&);
 // The transformed weights of the Winograd tile of this code, transformed_size() of them.
 void pack_winograd_cpu(const View& weight, int64_t outputs, int64_t channels, int kernel, int tile, float* packed, const Env&);
+// Strassen's sums of a 1x1 weight.
+void pack_strassen_cpu(const View& weight, int64_t outputs, int64_t channels, float* packed, const Env&);
 
 }  // namespace lp
