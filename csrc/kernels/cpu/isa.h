@@ -39,6 +39,7 @@ namespace LP_ISA {
 #include "weight_grad.h"
 #include "winograd_training.h"
 #include "batch_norm.h"
+#include "live_rows.h"
 // clang-format on
 }  // namespace LP_ISA
 }  // namespace
@@ -58,6 +59,7 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
                                    {LP_ISA::batch_norm_backward<float>, LP_ISA::batch_norm_backward<double>},
                                    LP_ISA::winograd_weight,
                                    LP_ISA::winograd_weight_grad,
+                                   LP_ISA::live_rows,
                                    LP_ISA::max_pool,
                                    LP_ISA::widen_map,
                                    LP_ISA::narrow_map};

@@ -13,6 +13,48 @@ inline View live_view(const ConvShape& s, const View& w, int64_t inputs) {
   return View{nullptr, inputs * taps, taps, s.kw, 1};
 }
 
+// The live columns of one row, with strides of a channel and of a tap on both sides.
+template <class T>
+void gather_row(const ConvShape& s, const IndexList& ins, const T* from, const View& f, T* to, const View& t) {
+  const int64_t count = ins.count, step = f.c, out_step = t.c;
+  for (int64_t h = 0; h < s.kh; ++h)
+    for (int64_t v = 0; v < s.kw; ++v) {
+      const T* __restrict src = from + h * f.h + v * f.w;
+      T* __restrict dst = to + h * t.h + v * t.w;
+      if (step == 1 && out_step == 1)
+        for (int64_t i = 0; i < count; ++i) dst[i] = src[ins[i]];
+      else
+        for (int64_t i = 0; i < count; ++i) dst[i * out_step] = src[ins[i] * step];
+    }
+}
+
+template <class T>
+void spread_row(const ConvShape& s, const IndexList& ins, const T* from, const View& f, T* to, const int64_t* step) {
+  const int64_t count = ins.count, in_step = f.c, out_step = step[1];
+  for (int64_t h = 0; h < s.kh; ++h)
+    for (int64_t v = 0; v < s.kw; ++v) {
+      const T* __restrict src = from + h * f.h + v * f.w;
+      T* __restrict dst = to + h * step[2] + v * step[3];
+      if (in_step == 1 && out_step == 1)
+        for (int64_t i = 0; i < count; ++i) dst[ins[i]] = src[i];
+      else
+        for (int64_t i = 0; i < count; ++i) dst[ins[i] * out_step] = src[i * in_step];
+    }
+}
+
+// By vectors, where both sides are rows of channels and the CPU can; else false.
+template <class T>
+bool copied_by_vectors(const Env& env, const ConvShape& s, bool gather, const void* whole, const int64_t* step,
+                       const View& block, const IndexList& ins, const IndexList& outs) {
+  const int64_t taps = s.kh * s.kw;
+  const bool rows = step[1] == 1 && step[3] == s.channels && step[2] == s.kw * s.channels && step[0] == taps * s.channels &&
+                    block.c == 1 && block.h == s.kw * block.w;
+  if (!std::is_same_v<T, float> || !rows || s.channels < 16) return false;
+  float* const w = static_cast<float*>(const_cast<void*>(whole));  // gathering only reads it
+  const LiveRows p{gather, w, static_cast<float*>(block.data), taps, s.channels, block.n, block.w, outs, ins};
+  return level().live_rows(p, env);
+}
+
 // Copies the live part of `w` to `to`.
 template <class T>
 void gather_weight(const Env& env, const ConvShape& s, const View& w, const View& to, const IndexList& ins,
@@ -23,26 +65,15 @@ void gather_weight(const Env& env, const ConvShape& s, const View& w, const View
     View to;
     const IndexList &ins, &outs;
   } context{s, w, to, ins, outs};
+  const int64_t step[4] = {w.n, w.c, w.h, w.w};
+  if (copied_by_vectors<T>(env, s, true, w.data, step, to, ins, outs)) return;
   env.parallel(
       outs.count,
       [](int64_t begin, int64_t end, void* ctx) {
         const Context& k = *static_cast<Context*>(ctx);
-        for (int64_t o = begin; o < end; ++o) {
-          const T* row = static_cast<const T*>(k.from.data) + k.outs[o] * k.from.n;
-          T* out = static_cast<T*>(k.to.data) + o * k.to.n;
-          const auto copy = [&](int64_t i, int64_t h, int64_t v) {
-            out[i * k.to.c + h * k.to.h + v * k.to.w] = row[k.ins[i] * k.from.c + h * k.from.h + v * k.from.w];
-          };
-          if (k.from.c == 1) {
-            for (int64_t h = 0; h < k.s.kh; ++h)
-              for (int64_t v = 0; v < k.s.kw; ++v)
-                for (int64_t i = 0; i < k.ins.count; ++i) copy(i, h, v);
-          } else {
-            for (int64_t i = 0; i < k.ins.count; ++i)
-              for (int64_t h = 0; h < k.s.kh; ++h)
-                for (int64_t v = 0; v < k.s.kw; ++v) copy(i, h, v);
-          }
-        }
+        for (int64_t o = begin; o < end; ++o)
+          gather_row(k.s, k.ins, static_cast<const T*>(k.from.data) + k.outs[o] * k.from.n, k.from,
+                     static_cast<T*>(k.to.data) + o * k.to.n, k.to);
       },
       &context);
 }
@@ -54,30 +85,37 @@ void spread_weight(const Env& env, const ConvShape& s, const View& from, const I
   int64_t* place = scratch<int64_t>(env, s.outputs);
   std::fill(place, place + s.outputs, int64_t(-1));
   for (int64_t o = 0; o < outs.count; ++o) place[outs[o]] = o;
+  // Few live elements among zeros are written one by one.
+  const bool many = outs.count * ins.count * 8 >= s.outputs * s.channels;
+  const bool copied = many && copied_by_vectors<T>(env, s, false, grad, step, from, ins, outs);
   struct Context {
     const ConvShape& s;
     const View& from;
     const IndexList& ins;
     T* grad;
     const int64_t *step, *place;
-  } context{s, from, ins, grad, step, place};
+    bool copied;
+  } context{s, from, ins, grad, step, place, copied};
   env.parallel(
       s.outputs,
       [](int64_t begin, int64_t end, void* ctx) {
         const Context& k = *static_cast<Context*>(ctx);
-        // At once, because a long run is filled without reading it first.
         const int64_t size = k.s.channels * k.s.kh * k.s.kw;
-        std::memset(k.grad + begin * size, 0, size_t((end - begin) * size) * sizeof(T));
+        const auto fill = [&](int64_t first, int64_t last) {
+          std::memset(k.grad + first * size, 0, size_t((last - first) * size) * sizeof(T));
+        };
+        // At once, because a long run is filled without reading it first.
+        if (!k.copied) fill(begin, end);
         for (int64_t o = begin; o < end; ++o) {
-          if (k.place[o] < 0) continue;
-          T* row = k.grad + o * size;
-          const T* live = static_cast<const T*>(k.from.data) + k.place[o] * k.from.n;
-          for (int64_t h = 0; h < k.s.kh; ++h)
-            for (int64_t v = 0; v < k.s.kw; ++v) {
-              T* to = row + h * k.step[2] + v * k.step[3];
-              const T* values = live + h * k.from.h + v * k.from.w;
-              for (int64_t i = 0; i < k.ins.count; ++i) to[k.ins[i] * k.step[1]] = values[i * k.from.c];
-            }
+          if (k.copied && k.place[o] < 0) {
+            int64_t last = o + 1;
+            while (last < end && k.place[last] < 0) ++last;
+            fill(o, last);
+            o = last - 1;
+          } else if (!k.copied && k.place[o] >= 0) {
+            spread_row(k.s, k.ins, static_cast<const T*>(k.from.data) + k.place[o] * k.from.n, k.from, k.grad + o * size,
+                       k.step);
+          }
         }
       },
       &context);

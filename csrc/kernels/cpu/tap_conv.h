@@ -96,6 +96,14 @@ struct HalfMap {
   float* dense;
 };
 
+// Live columns of the live rows of a dense channels-last float32 weight, and where they lie side by side.
+struct LiveRows {
+  bool gather;  // whole to block; else block to whole rows, zero where nothing lives
+  float *whole, *block;
+  int64_t taps, channels, block_row, block_tap;  // steps in floats
+  IndexList rows, columns;
+};
+
 struct CpuKernels {
   const char* name;
   int64_t lanes;                                           // floats of a vector
@@ -112,6 +120,7 @@ struct CpuKernels {
   void (*batch_norm_backward[2])(const BatchNorm&, const Env&);
   void (*winograd_weight)(const PanelSource<float>&, int tile, const Env&);
   void (*winograd_weight_grad)(const TapWeightGrad&, int tile, const Env&);  // float32, one group, 3x3, stride 1, one part
+  bool (*live_rows)(const LiveRows&, const Env&);                            // false: not on this level
   void (*max_pool)(const MaxPool&, const Env&);
   void (*widen)(const HalfMap&, const Env&);   // half to dense
   void (*narrow)(const HalfMap&, const Env&);  // dense to half, rounded to the nearest
