@@ -87,7 +87,8 @@ class ChannelPruning(pl.Callback):
         reconfigure_every_n_epochs: cut dead channels out of the module itself, and of its optimizers' states, at the end of
             every so many epochs and when channels are selected: steps get as fast, and need as little memory, as those of the
             small network. Checkpoints stay full-size, and so is the module again when the fit is over. ``"auto"``: when
-            channels are selected, unless somebody else could notice (``guards.why_full_size``). 0: never.
+            channels are selected, and at the end of epochs in which much has died, unless somebody else could notice
+            (``guards.why_full_size``). 0: never.
         seed: for ``method="random"``.
 
     Attributes:
@@ -332,7 +333,7 @@ class ChannelPruning(pl.Callback):
             stop |= self._plateau.reached(trainer)
         if stop:
             trainer.should_stop = True
-        every = self.config.cut_every
+        every = self.config.cut_every or int(self.config.cuts_unasked)
         if every and (trainer.current_epoch + 1) % every == 0 and not stop:
             self._fit.reconfigure(pl_module)
 

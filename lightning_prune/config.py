@@ -142,6 +142,11 @@ class PruneConfig:
         return every if every != "auto" else 0
 
     @property
+    def cuts_unasked(self) -> bool:
+        """Whether the network may be cut wherever nobody can notice."""
+        return self.reconfigure_every_n_epochs == "auto"
+
+    @property
     def learned(self) -> bool:
         """Whether the method needs the learn phase (otherwise a criterion or a given plan decides)."""
         return self.plan is None and self.method in LEARNED

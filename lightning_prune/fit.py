@@ -141,10 +141,10 @@ class PruningFit:
             warn_if_symmetric(model, self.graph)
         if self.plan is not None:
             self.reconfigure(model)
-        elif self.reconfigurer is not None and not self._auto and state.get("cut"):
+        elif state.get("cut"):
             mask = np.ones(self.graph.num_channels, dtype=bool)
             mask[state["cut"]] = False
-            self.reconfigurer.cut(mask, self._inputs_for(model))
+            self._cut(model, mask)
 
     def start_learning(self, model: nn.Module, steps: int) -> MaskLearner:
         """Hang the gates on the model; the network as it is now becomes the teacher."""
@@ -202,11 +202,16 @@ class PruningFit:
         Raises:
             CompactionError: the smaller network fails or differs; the model is full-size then.
         """
-        decided = self.plan is not None or (self.learner is not None and not self._auto)
-        if self.reconfigurer is None or not decided:
+        worth = self.plan is not None
+        if self.reconfigurer is not None and self.learner is not None:
+            worth = not self._auto or self.reconfigurer.worthwhile(self._held, self.macs)
+        return worth and self._cut(model, self._held)
+
+    def _cut(self, model: nn.Module, mask: Mask) -> bool:
+        if self.reconfigurer is None:
             return False
         try:
-            return self.reconfigurer.cut(self._held, self._inputs_for(model))
+            return self.reconfigurer.cut(mask, self._inputs_for(model))
         except CompactionError as error:
             if not self._auto:
                 raise

@@ -58,6 +58,18 @@ class ExchangedCall:
         self.module = module
 
 
+def compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs a module."""
+    call = module.__dict__.get(SLOT)
+    by_itself = call is not None and not isinstance(call, ExchangedCall)
+    # Of a LightningModule that was compiled as a whole the trainer has this left.
+    return (
+        by_itself
+        or module.__dict__.get("_compiler_ctx") is not None
+        or hasattr(module, "_torchdynamo_orig_callable")
+    )
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether a module has hooks of any kind."""
     return any(getattr(module, name) for name in HOOKS) or bool(internals._has_any_global_hook())

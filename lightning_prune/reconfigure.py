@@ -19,9 +19,13 @@ from .channels.narrow import NarrowGraph
 from .compaction import CompactionPlan
 from .compaction.resize import Resizer
 from .compaction.verify import TOLERANCE, relative_difference, run_quietly
+from .cost import Cost
 from .errors import CompactionError
+from .hooks import compiled
 from .inputs import ExampleInputs, floating_dtype
 
+#: share of the present cost that has to be dead for a cut that nobody has asked for while masks are learned
+_LEAST_GAIN = 0.1
 #: the network that the fit ends with is proven equal in float64; on the way this many times its tolerance shows a wrong size
 _SLACK = 100.0
 #: in tf32, which GPUs may compute float32 in, and may not for odd numbers of channels
@@ -57,6 +61,11 @@ class Reconfigurer:
         self.mask: Mask = np.ones(graph.num_channels, dtype=bool)
         #: positions of the channels that are there
         self.graph = graph
+
+    def worthwhile(self, mask: Mask, cost: Cost) -> bool:
+        """Whether ``mask`` leaves much less of ``cost`` than is there, and nothing would have to be compiled anew."""
+        much = cost.cost(mask) < (1 - _LEAST_GAIN) * cost.cost(self.mask)
+        return much and not any(map(compiled, self._model.modules()))
 
     def cut(self, mask: Mask, inputs: ExampleInputs) -> bool:
         """Leave only what lives in ``mask`` (bool, shape [num_channels]); returns whether anything has changed.

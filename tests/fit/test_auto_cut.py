@@ -55,12 +55,36 @@ def test_every_step_is_that_of_the_masked_network(network: str, optimizer: str) 
     torch.manual_seed(0)
     second = run(callbacks[1], modules[1])
     assert_same_states(first, second)
-    assert set(second.sizes[:SELECTED]) == {first.sizes[0]}, "nothing is cut while masks are learned"
     assert max(second.sizes[SELECTED:]) < first.sizes[0]
     assert callbacks[0].plan == callbacks[1].plan
     assert_full_size(modules[1], network)
     for a, b in zip(*(c.compact_model.state_dict().values() for c in callbacks), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class Compiled(Module):
+    """One of whose parts is compiled, though nobody calls it here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.fc1.compile(backend="eager", disable=True)
+
+
+@pytest.mark.parametrize("kind", [Module, Compiled])
+def test_what_dies_while_masks_are_learned_is_cut_at_the_end_of_the_epoch(kind: type[Module]) -> None:
+    """Unless little has died, or the network would have to be compiled again."""
+    torch.manual_seed(0)
+    callback = pruner("auto", gate_lr=0.15)  # type: ignore[arg-type]
+    watch = run(callback, module := kind())
+    sizes = [watch.sizes[i] for i in range(0, SELECTED, 6)]
+    macs = [record["macs"] for record in callback.history[:4]]
+    assert macs[2] < 0.9 * macs[0], "enough has died before the selection"
+    assert (sizes[3] < sizes[0]) == (kind is Module)
+    for epoch in range(1, 4):
+        if macs[epoch - 1] > 0.9 * macs[0]:
+            assert sizes[epoch] == sizes[0]
+    assert watch.sizes[SELECTED] < watch.sizes[0]
+    assert_full_size(module)
 
 
 def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
