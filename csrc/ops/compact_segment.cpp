@@ -33,7 +33,7 @@ void check_place(const SegmentHeader& h, int64_t i, int64_t place, int64_t step,
 }
 
 void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::vector<Tensor>& tensors) {
-  check(t.kind == kConv || t.kind == kMaxPool, i, "its kind");
+  check(t.kind == kConv || t.kind == kMaxPool || t.kind == kMean, i, "its kind");
   check(t.in != kToOutput && t.out != kFromInput && t.residual != kToOutput && t.residual != kInside &&
             (t.out != t.in || t.in == kInside),
         i, "its places");
@@ -50,6 +50,12 @@ void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::ve
     check(t.channels == t.outputs && 2 * t.pad_h <= t.kh && 2 * t.pad_w <= t.kw && t.dil_h == 1 && t.dil_w == 1 &&
               t.in != kFromInput && t.residual == kNone && t.in_step == t.channels && t.out_step == t.outputs,
           i, "its pooling window");
+    return;
+  }
+  if (t.kind == kMean) {
+    check(t.channels == t.outputs && t.kh == t.height && t.kw == t.width && t.out_h == 1 && t.out_w == 1 && t.in >= 0 &&
+              t.out != kInside && t.residual == kNone,
+          i, "the map of its mean");
     return;
   }
   const int64_t count = int64_t(tensors.size());

@@ -1,4 +1,4 @@
-"""Runs of convolutions and max-pools as one call of a compiled operator: no Python, no allocation between layers."""
+"""Runs of convolutions and pools as one call of a compiled operator: no Python, no allocation between layers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from ..nn import CompactConv2d
 from ..ops import ACTIVATIONS
 from .arena import Arena
+from .heads import with_convolution_as_head
 from .rewrite import Rewrite
+from .sites import plain
 
 #: fewer layers than this gain too little
 MIN_STEPS = 3
 # The program's numbers; csrc/kernels/cpu/segment.h has the same.
 _VERSION, _NONE, _INPUT, _OUTPUT, _INSIDE = 2, -1, -2, -3, -4
-_CONV, _MAX_POOL = 0, 1
+_CONV, _MAX_POOL, _MEAN = 0, 1, 2
 _ALIGN = 16  # floats
 _SMALL = 14 * 14  # pixels; one image has too few tiles of them to keep a weight busy
+_MOST_MEANT = 64 * 64  # pixels; sums in float32 of more would lose digits
 _FEW = 7 * 7  # pixels; fewer gain nothing from going through several layers row by row
 Shape = tuple[int, int, int]
 
@@ -112,6 +115,8 @@ def in_segments(network: nn.Module, batch: int) -> list[nn.Module]:
     """
     if not isinstance(network, fx.GraphModule):
         return []
+    if batch == 1:  # more images share the weights of the head: not slice by slice
+        network = with_convolution_as_head(network)
     runs = [run for run in _runs(network) if len(run) >= MIN_STEPS]
     if not runs:
         return []
@@ -156,7 +161,7 @@ def _cut(run: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         _, height, width = _known(node)
         before = set(run[:i])
         alone = not any(before & set(later.all_input_nodes) for later in run[i + 1 :])
-        if height * width <= _SMALL and alone and i > 0 and not _is_pool(run[i + 1]):
+        if height * width <= _SMALL and alone and i > 0 and not _is(run[i + 1], nn.MaxPool2d):
             return run[: i + 1], run[i + 1 :]
     return run, []
 
@@ -177,17 +182,15 @@ def _supported(network: fx.GraphModule, node: fx.Node) -> bool:
         return False
     module = network.get_submodule(str(node.target))
     if isinstance(module, CompactConv2d):
-        plain = module.in_index is None and module.out_index is None and module.packed.dtype == torch.float32
-        return plain and module.packed.device.type == "cpu"
-    if type(module) is not nn.MaxPool2d or len(inputs) != 1:
+        dense = module.in_index is None and module.out_index is None and module.packed.dtype == torch.float32
+        return dense and module.packed.device.type == "cpu"
+    if len(inputs) != 1 or not plain(module):
         return False
-    return (
-        not module.return_indices
-        and not module.ceil_mode
-        and _pair(module.dilation) == (1, 1)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )
+    if type(module) is nn.AdaptiveAvgPool2d:
+        return _known(node)[1:] == (1, 1) and _known(inputs[0])[1] * _known(inputs[0])[2] <= _MOST_MEANT
+    if type(module) is not nn.MaxPool2d:
+        return False
+    return not module.return_indices and not module.ceil_mode and _pair(module.dilation) == (1, 1)
 
 
 def _runs(network: fx.GraphModule) -> list[list[fx.Node]]:
@@ -209,7 +212,8 @@ def _runs(network: fx.GraphModule) -> list[list[fx.Node]]:
             if run and any(n is not source for n in outside):
                 close()
                 outside = list(node.all_input_nodes)
-            if (run or len(outside) == 1) and not (outside and _is_pool(node)):  # dense inputs only
+            arena_only = _is(node, nn.MaxPool2d) or _is(node, nn.AdaptiveAvgPool2d)
+            if (run or len(outside) == 1) and not (outside and arena_only):
                 source = source if run else outside[0]
                 run.append(node)
                 continue
@@ -218,9 +222,9 @@ def _runs(network: fx.GraphModule) -> list[list[fx.Node]]:
     return runs
 
 
-def _is_pool(node: fx.Node) -> bool:
+def _is(node: fx.Node, kind: type[nn.Module]) -> bool:
     module = node.graph.owning_module
-    return module is not None and isinstance(module.get_submodule(str(node.target)), nn.MaxPool2d)
+    return module is not None and isinstance(module.get_submodule(str(node.target)), kind)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -259,6 +263,8 @@ def _segment(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.Node]) 
             settings = [weight, bias, list(ACTIVATIONS).index(module.activation)]
             window = [*module.weight_shape[2:], *module.stride, *module.padding, *module.dilation]
             steps += [_CONV, *maps, *settings, *shapes, *window, module.groups, *apart, 0]
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            steps += [_MEAN, *maps, 0, _NONE, 0, *shapes, *shapes[1:3], 1, 1, 0, 0, 1, 1, 1, *apart, 0]
         else:
             kernel, padding = _pair(module.kernel_size), _pair(module.padding)
             window = [*kernel, *_pair(module.stride or kernel), *padding, 1, 1]
@@ -333,11 +339,11 @@ def _pixel_strides(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.N
     """Floats from pixel to pixel of every map.
 
     Room behind the channels lets every pixel begin on a cache line (else on half of one, where that takes more than a
-    quarter of memory more). Maps at the ends, and those of pools, are dense.
+    quarter of memory more). Maps at the ends, and those of max-pools, are dense.
     """
     steps = {node: _known(node)[0] for node in (*run, *(a for n in run for a in n.all_input_nodes))}
     for node in run[:-1]:
-        if not _is_pool(node) and not any(_is_pool(user) for user in node.users):
+        if not any(_is(n, nn.MaxPool2d) for n in (node, *node.users)):
             line, half = (-(-steps[node] // floats) * floats for floats in (_ALIGN, _ALIGN // 2))
             steps[node] = 0 if node in inside else line if 4 * line <= 5 * steps[node] else half
     return steps

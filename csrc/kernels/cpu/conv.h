@@ -21,8 +21,10 @@ template <class S>
 static void conv(const TapConv& p, const Env& env) {
   using T = typename AccOf<S>::type;
   if (p.n == 0 || p.rows == 0 || p.cols == 0) return;
-  if constexpr (std::is_same_v<S, float>)
+  if constexpr (std::is_same_v<S, float>) {
     if (is_pointwise(p)) return pointwise(p, env);
+    if (is_planes(p)) return planes(p, env);
+  }
   const Bands b = make_bands(p, sizeof(T), env.threads);
   const int64_t staged_bytes = round_up((staged_elements(b) + 64) * int64_t(sizeof(T)), 64);
   const int64_t slot_bytes = staged_bytes + round_up(b.pixels * 24, 64) + round_up(int64_t(p.taps + 1) * 16, 64);

@@ -33,6 +33,7 @@ namespace LP_ISA {
 #include "depth_first.h"
 #include "pool.h"
 #include "half_maps.h"
+#include "planes.h"
 #include "conv.h"
 #include "winograd_transforms.h"
 #include "winograd.h"
@@ -61,6 +62,7 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
                                    LP_ISA::winograd_weight_grad,
                                    LP_ISA::live_rows,
                                    LP_ISA::max_pool,
+                                   LP_ISA::mean_pool,
                                    LP_ISA::widen_map,
                                    LP_ISA::narrow_map};
   return table;

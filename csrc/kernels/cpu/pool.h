@@ -1,5 +1,5 @@
-// Maximum over windows of dense channels-last maps, along columns, then along rows. Included once per instruction set (see
-// simd.h).
+// Maximum over windows of dense channels-last maps, along columns, then along rows; mean over whole maps. Included once per
+// instruction set (see simd.h).
 
 template <class V>
 static inline V larger(V a, V b) {  // NaN wins
@@ -60,5 +60,24 @@ static void max_pool(const MaxPool& p, const Env& env) {
         store<V>(y + c, best);
       });
     }
+  });
+}
+
+static void mean_pool(const MeanPool& p, const Env& env) {
+  constexpr int64_t part = 64;  // channels of a task
+  const int64_t parts = (p.channels + part - 1) / part;
+  run_tasks(env, p.n * parts, [&](int, int64_t index) {
+    const int64_t n = index / parts, first = index % parts * part;
+    const float* const x = static_cast<const float*>(p.x.data) + n * p.x.n + first;
+    float* const y = static_cast<float*>(p.y.data) + n * p.y.n + first;
+    by_vectors(std::min(part, p.channels - first), [&](auto zero, int64_t c) __attribute__((always_inline)) {
+      auto total = zero;  // of rows: fewer roundings than one sum over all pixels
+      for (int64_t h = 0; h < p.height; ++h) {
+        auto row = zero;
+        for (int64_t w = 0; w < p.width; ++w) row += load<decltype(zero)>(x + h * p.x.h + w * p.x.w + c);
+        total += row;
+      }
+      store<decltype(zero)>(y + c, total / float(p.height * p.width));
+    });
   });
 }

@@ -1,4 +1,4 @@
-// A run of convolutions and max-pools in one call: a program of steps over an arena of reused buffers. Images are independent,
+// A run of convolutions and pools in one call: a program of steps over an arena of reused buffers. Images are independent,
 // so the program runs slice by slice of the batch, and what a step wrote is still in cache when the next one reads it.
 #include "segment.h"
 
@@ -68,6 +68,7 @@ void run_step(const Segment& s, const SegmentStep& t, const Buffers& b, int64_t 
     cpu_kernels().max_pool(p, env);
     return;
   }
+  if (t.kind == kMean) return cpu_kernels().mean_pool(MeanPool{x, y, images, t.channels, t.height, t.width}, env);
   CompactForward f{};
   f.shape = ConvShape{images,  t.channels, t.height,   t.width, t.outputs, t.kh,    t.kw,    t.out_h,
                       t.out_w, t.stride_h, t.stride_w, t.pad_h, t.pad_w,   t.dil_h, t.dil_w, t.groups};

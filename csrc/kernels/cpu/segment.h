@@ -9,7 +9,7 @@ constexpr int64_t kNone = -1, kFromInput = -2, kToOutput = -3;
 // A map that is never whole: the steps that it joins run depth first. They are a depthwise 3x3 convolution (padding 1, stride 1
 // or 2) and a 1x1 behind it, and may be a 1x1 before it.
 constexpr int64_t kInside = -4;
-constexpr int64_t kConv = 0, kMaxPool = 1;
+constexpr int64_t kConv = 0, kMaxPool = 1, kMean = 2;  // kMean: over all pixels
 
 struct SegmentHeader {
   int64_t version;  // 2

@@ -74,6 +74,12 @@ struct MaxPool {
   int64_t n, channels, height, width, kh, kw, stride_h, stride_w, pad_h, pad_w, out_h, out_w;
 };
 
+// The mean over all pixels of float32 maps of consecutive channels; y has one pixel per image.
+struct MeanPool {
+  View x, y;
+  int64_t n, channels, height, width;
+};
+
 // 1x1 (weight nullptr: none), depthwise 3x3 of padding 1, 1x1 on float32 maps of consecutive channels, whose rows of pixels
 // lie one behind the other. inputs == inner where the first is missing; x_room: then lanes behind x's channels up to a multiple
 // of 8 may be read.
@@ -122,6 +128,7 @@ struct CpuKernels {
   void (*winograd_weight_grad)(const TapWeightGrad&, int tile, const Env&);  // float32, one group, 3x3, stride 1, one part
   bool (*live_rows)(const LiveRows&, const Env&);                            // false: not on this level
   void (*max_pool)(const MaxPool&, const Env&);
+  void (*mean_pool)(const MeanPool&, const Env&);
   void (*widen)(const HalfMap&, const Env&);   // half to dense
   void (*narrow)(const HalfMap&, const Env&);  // dense to half, rounded to the nearest
 };
