@@ -32,7 +32,12 @@ void check_place(const SegmentHeader& h, int64_t i, int64_t place, int64_t step,
           "a place in the arena");
 }
 
-void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::vector<Tensor>& tensors) {
+// Where a weight or bias lies among all of them.
+struct Place {
+  int64_t begin, size;
+};
+
+void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::vector<Place>& tensors) {
   check(t.kind == kConv || t.kind == kMaxPool || t.kind == kMean, i, "its kind");
   check(t.in != kToOutput && t.out != kFromInput && t.residual != kToOutput && t.residual != kInside &&
             (t.out != t.in || t.in == kInside),
@@ -61,9 +66,9 @@ void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::ve
   const int64_t count = int64_t(tensors.size());
   check(t.weight >= 0 && t.weight < count && t.bias >= kNone && t.bias < count, i, "its tensors");
   check(t.groups > 0 && t.channels % t.groups == 0 && t.outputs % t.groups == 0 && t.act >= 0 && t.act <= 6, i, "its groups");
-  t.tile = packed_tile(tensors[size_t(t.weight)].numel(), t.outputs, t.channels / t.groups, t.kh, t.kw, t.groups);
+  t.tile = packed_tile(tensors[size_t(t.weight)].size, t.outputs, t.channels / t.groups, t.kh, t.kw, t.groups);
   check(t.tile >= 0, i, "the size of its weight");
-  check(t.bias == kNone || tensors[size_t(t.bias)].numel() == t.outputs, i, "the size of its bias");
+  check(t.bias == kNone || tensors[size_t(t.bias)].size == t.outputs, i, "the size of its bias");
 }
 
 bool is_1x1(const SegmentStep& t) {
@@ -92,7 +97,7 @@ void check_inside(const std::vector<SegmentStep>& steps) {
   }
 }
 
-Tensor compact_segment(const Tensor& x, const std::vector<Tensor>& tensors, const Tensor& program) {
+Tensor compact_segment(const Tensor& x, const Tensor& weights, const Tensor& places, const Tensor& program) {
   if (program.dim() != 1 || program.scalar_type() != ScalarType::Long || program.is_cuda() || !program.is_contiguous())
     fail(kOp, ": program must be a contiguous 1-D int64 tensor on the CPU; got ", dtype_name(program.scalar_type()),
          " of shape ", show_shape(program));
@@ -106,13 +111,22 @@ Tensor compact_segment(const Tensor& x, const std::vector<Tensor>& tensors, cons
       x.size(3) != h.x_w)
     fail(kOp, ": x must be float32 of shape (N, ", h.x_c, ", ", h.x_h, ", ", h.x_w, ") on the CPU; got ",
          dtype_name(x.scalar_type()), " of shape ", show_shape(x));
+  if (weights.scalar_type() != ScalarType::Float || weights.is_cuda() || weights.dim() != 1 || !weights.is_contiguous())
+    fail(kOp, ": weights must be a contiguous 1-D float32 tensor on the CPU; got ", dtype_name(weights.scalar_type()),
+         " of shape ", show_shape(weights));
+  if (places.scalar_type() != ScalarType::Long || places.is_cuda() || places.dim() != 2 || places.size(1) != 2 ||
+      !places.is_contiguous())
+    fail(kOp, ": places must be a contiguous int64 tensor of shape (tensors, 2) on the CPU; got ",
+         dtype_name(places.scalar_type()), " of shape ", show_shape(places));
+  std::vector<Place> tensors(size_t(places.size(0)), Place{});
+  std::memcpy(tensors.data(), places.data_ptr(), tensors.size() * sizeof(Place));
   std::vector<const float*> data;
   data.reserve(tensors.size());
-  for (const Tensor& t : tensors) {
-    if (t.scalar_type() != ScalarType::Float || t.is_cuda() || t.dim() != 1 || !t.is_contiguous())
-      fail(kOp, ": every weight and bias must be a contiguous 1-D float32 tensor on the CPU; got ", dtype_name(t.scalar_type()),
-           " of shape ", show_shape(t));
-    data.push_back(static_cast<const float*>(t.data_ptr()));
+  const int64_t floats = weights.numel();
+  for (const Place& t : tensors) {
+    if (t.begin < 0 || t.size < 0 || t.begin > floats || t.size > floats - t.begin)
+      fail(kOp, ": a weight or bias must lie in the ", floats, " weights; got ", t.size, " from ", t.begin, " on");
+    data.push_back(static_cast<const float*>(weights.data_ptr()) + t.begin);
   }
   std::vector<SegmentStep> steps(size_t(h.steps), SegmentStep{});
   std::memcpy(steps.data(), numbers + head, steps.size() * sizeof(SegmentStep));
@@ -131,7 +145,7 @@ Tensor compact_segment(const Tensor& x, const std::vector<Tensor>& tensors, cons
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
-  m.def("compact_segment(Tensor x, Tensor[] tensors, Tensor program) -> Tensor");
+  m.def("compact_segment(Tensor x, Tensor weights, Tensor places, Tensor program) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) { m.impl("compact_segment", TORCH_BOX(&compact_segment)); }

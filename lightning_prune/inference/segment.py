@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +15,7 @@ from .arena import Arena
 from .heads import with_convolution_as_head
 from .rewrite import Rewrite
 from .sites import plain
+from .weights import GatheredWeights
 
 #: fewer layers than this gain too little
 MIN_STEPS = 3
@@ -33,8 +34,9 @@ class CompactSegment(nn.Module):
 
     Maps of the layers between lie in one arena, where they take each other's place as soon as nobody reads them any
     more, and the batch goes through all layers slice by slice, so that a layer finds in the cache what the one before
-    it wrote. Other shapes, dtypes and devices than the planned ones, and inputs that require a gradient, run layer by layer,
-    and so does everything while a convolution has hooks or a dispatch mode is active.
+    it wrote. The convolutions' weights are moved into one tensor, of which their buffers become views. Other shapes,
+    dtypes and devices than the planned ones, and inputs that require a gradient, run layer by layer, and so does
+    everything while a convolution has hooks or a dispatch mode is active.
 
     Args:
         layers: what the segment computes.
@@ -50,6 +52,7 @@ class CompactSegment(nn.Module):
         self.layers = layers
         self.shape = shape
         self._names = tuple(convolutions)
+        self._weights: GatheredWeights | None = None
         self.register_buffer("program", program, persistent=False)
         self.eval()
 
@@ -73,28 +76,37 @@ class CompactSegment(nn.Module):
         if x.shape[1:] != self.shape or not self._can_run(x):
             y: Tensor = self.layers(x)
             return y
-        tensors: list[Tensor] = []
-        modules = self.layers._modules
-        for name in self._names:
-            layer: dict[str, Any] = vars(modules[name])  # attributes of modules are slow, and these are many
-            if layer["_forward_hooks"] or layer["_forward_pre_hooks"]:
-                hooked: Tensor = self.layers(x)
-                return hooked
-            buffers = layer["_buffers"]
-            packed, bias = buffers["packed"], buffers["bias"]
-            tensors += (packed, packed if bias is None else bias)
-        result: Tensor = torch.ops.lightning_prune.compact_segment(x, tensors, self.program)
+        weights = self._current_weights()
+        if weights is None or weights.hooked():
+            unlike: Tensor = self.layers(x)
+            return unlike
+        run = torch.ops.lightning_prune.compact_segment.default
+        result: Tensor = run(x, weights.values, weights.places, self._buffers["program"])
         return result
 
+    def _current_weights(self) -> GatheredWeights | None:
+        """None where the weights are not of the program's kind."""
+        weights = self._weights
+        modules = cast(nn.Module, self._modules["layers"])._modules
+        if weights is None or weights.modules is not modules or not weights.current():
+            try:
+                weights = GatheredWeights(modules, self._names)
+            except ValueError:
+                weights = None
+            self._weights = weights
+        return weights
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weights": None}
+
     def _can_run(self, x: Tensor) -> bool:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or self.program.device.type != "cpu":
+        # attributes of modules are slow, what they are kept in is not
+        program = cast(Tensor, self._buffers["program"])
+        if x.device.type != "cpu" or x.dtype != torch.float32 or program.is_cuda:
             return False
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return False
-        if _get_current_dispatch_mode_stack():  # somebody counts or fakes operators
-            return False
-        first = self.layers._modules[self._names[0]]
-        return isinstance(first, CompactConv2d) and first.packed.dtype == torch.float32
+        return not _get_current_dispatch_mode_stack()  # somebody counts or fakes operators
 
     def extra_repr(self) -> str:
         """How many convolutions, for which input, how many images at a time."""

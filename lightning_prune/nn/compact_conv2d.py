@@ -40,6 +40,12 @@ def _fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) 
     return (weight.double() * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
 
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is part of a larger one: what is saved with it is saved whole."""
+    size = tensor.numel() * tensor.element_size()
+    return tensor if tensor.untyped_storage().nbytes() <= size else tensor.clone()
+
+
 class CompactConv2d(nn.Module):
     """Inference drop-in for a convolution (+ BatchNorm) (+ activation), at any channel count.
 
@@ -186,7 +192,9 @@ class CompactConv2d(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "packed"] = self._plain_packed()
+        destination[prefix + "packed"] = _alone(self._plain_packed())
+        if self.bias is not None:
+            destination[prefix + "bias"] = _alone(destination[prefix + "bias"])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.packed = self._plain_packed()
@@ -300,7 +308,8 @@ class CompactConv2d(nn.Module):
         return Layer(weight, self.bias, self.in_index, self.out_index, *settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chooser": None}
+        buffers = {name: None if t is None else _alone(t) for name, t in self._buffers.items()}
+        return {**self.__dict__, "_chooser": None, "_buffers": buffers}
 
     def extra_repr(self) -> str:
         """The settings, as nn.Conv2d prints them."""
