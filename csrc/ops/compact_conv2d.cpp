@@ -43,10 +43,10 @@ int parse_algorithm(const char* op, const std::string& name, const Tensor& weigh
                ? kStrassenTile
                : 0;
   if (name == "auto")
-    return !fits || (kernel != 3 && kernel != 5) || weight.size(0) < 12 || weight.size(1) < 12 ? 0
-           : kernel == 5                                                                       ? (half ? 0 : 2)
-           : half                                                                              ? 2
-                                                                                               : 4;
+    return !fits || (kernel != 3 && kernel != 5) || weight.size(0) < 9 || weight.size(1) < 9 ? 0
+           : kernel == 5                                                                     ? (half ? 0 : 2)
+           : half                                                                            ? 2
+                                                                                             : 4;
   if (name == "direct" || name == "tensor_core") return 0;
   if (name == "strassen" && !(fits && kernel == 1 && weight.scalar_type() == ScalarType::Float))
     fail(op, ": algorithm 'strassen' takes float32 weights on the CPU with groups=1 and of shape (O, C, 1, 1); got ",

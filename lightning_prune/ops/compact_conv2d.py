@@ -34,7 +34,7 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct
             times the memory; it is used for stride 1 on channels_last maps of 48 pixels and more.
             ``tensor_core`` (CUDA, dense or depthwise) adds the weight in the layout of the tensor-core
             kernels, for inputs of the weight's dtype; float32 is multiplied as tf32 there, except in depthwise
-            convolutions. ``auto``, from 12 inputs and outputs up, takes ``winograd4`` for 3x3, ``winograd2`` for 5x5 and
+            convolutions. ``auto``, from 9 inputs and outputs up, takes ``winograd4`` for 3x3, ``winograd2`` for 5x5 and
             for 3x3 in half types (where a transformed weight that is stored in half loses nothing that shows), and
             ``tensor_core`` for half types and depthwise weights on CUDA; and ``strassen`` for 1x1 in float32 from 48 inputs
             and 113 outputs up.

@@ -27,12 +27,14 @@ TRANSFORMED = {
 }
 ALGORITHMS = ("auto", "direct", *TRANSFORMED, "tensor_core")
 # Smallest channel counts for which "auto" packs Winograd weights: below, the direct kernels are as fast.
-AUTO_MIN_CHANNELS = 12
+AUTO_MIN_CHANNELS = 9
 # Inputs times outputs from which up to four 4x4 tiles are dearer than sixteen 2x2 ones: the transform leaves the L2 cache.
 FEW_TILES_LARGE_WEIGHT = 200 * 200
-# Stride 2: inputs times outputs of 3x3 for which transforms pay, multiplications that every weight which a transform adds must
-# save (it may come from memory), and added weights beyond which nothing is packed for a size that is not known.
-STRIDED_MIN_WEIGHT, STRIDED_SAVED_PER_WEIGHT, STRIDED_MOST_WEIGHTS = 512, 12, 3_600_000
+# Stride 2: channels, and inputs times outputs of 3x3, for which transforms pay, multiplications that every weight which a
+# transform adds must save (it may come from memory), and added weights beyond which nothing is packed for a size that is not
+# known.
+STRIDED_MIN_CHANNELS, STRIDED_MIN_WEIGHT = 12, 512
+STRIDED_SAVED_PER_WEIGHT, STRIDED_MOST_WEIGHTS = 12, 3_600_000
 # Interpolation points beside infinity, by their number. The square roots keep the matrices well conditioned.
 _POINTS = {
     4: (0.0, 1.0, -1.0),
@@ -125,7 +127,7 @@ def _strided_pays(outputs: int, channels: int, kernel: int) -> bool:
     if unites_phases(kernel, channels):
         return channels >= 3 and outputs > 16
     least = STRIDED_MIN_WEIGHT if kernel == 3 else 0
-    return min(outputs, channels) >= AUTO_MIN_CHANNELS and outputs * channels >= least
+    return min(outputs, channels) >= STRIDED_MIN_CHANNELS and outputs * channels >= least
 
 
 def strided_default(weight_shape: Sequence[int]) -> str:

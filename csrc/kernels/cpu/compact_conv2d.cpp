@@ -166,6 +166,21 @@ bool use_transform(const CompactForward& f, int64_t images) {
   return stride == 1 ? tiles >= 4 : before - after >= kSavedPerWeight * (products - s.kh * s.kw);
 }
 
+// One channel to one output is depthwise too, where that kernel takes it; its weight lies in a panel.
+bool is_single(const CompactForward& f) {
+  const ConvShape& s = f.shape;
+  const bool side = s.kh == s.kw && (s.kh == 3 || s.kh == 5 || s.kh == 7);
+  return f.dtype == DType::f32 && s.channels == 1 && s.outputs == 1 && side && s.stride_h == s.stride_w && s.stride_h <= 2 &&
+         s.dil_h == 1 && s.dil_w == 1 && f.x.c == 1 && f.y.c == 1;
+}
+const void* taps_of_panel(const CompactForward& f, const Env& env) {
+  const int64_t taps = f.shape.kh * f.shape.kw;
+  float* weight = scratch<float>(env, taps);
+  for (int64_t t = 0; t < taps; ++t)
+    weight[t] = static_cast<const float*>(f.packed)[packed_offset(0, 0, t, 1, 1, taps, f.shape.groups)];
+  return weight;
+}
+
 template <class T>
 void compact(const CompactForward& f, bool transformed, const Env& env) {
   const ConvShape& s = f.shape;
@@ -201,13 +216,13 @@ void compact(const CompactForward& f, bool transformed, const Env& env) {
   if (!filled) fill_channels(p, rest, nullptr, nullptr, f.dtype, env);
   if (s.outputs == 0) return;
 
-  const bool depthwise = is_depthwise(s);
+  const bool single = is_single(f), depthwise = single || is_depthwise(s);
   const int groups = depthwise ? int((s.outputs + kDepthwiseChunk - 1) / kDepthwiseChunk) : int(s.groups);
   ChannelLists ins = make_lists(env, depthwise ? s.outputs : s.channels, groups);
   ChannelLists outs = make_lists(env, s.outputs, groups);
   int64_t* begin = scratch<int64_t>(env, groups + 1);
   for (int64_t i = 0; i < s.outputs; ++i) outs.ids[i] = f.out_index[i];
-  p.weight = f.packed;
+  p.weight = single ? taps_of_panel(f, env) : f.packed;
   p.shift = f.bias;
   if (depthwise) {
     const int64_t multiplier = s.outputs / s.groups;
@@ -226,7 +241,7 @@ void compact(const CompactForward& f, bool transformed, const Env& env) {
       begin[g] = first * taps.count;  // all chunks but the last are whole panels
       for (int t = 0; t < taps.count; ++t)
         for (int64_t i = 0; i < width; ++i)
-          weight[begin[g] + t * width + i] = i < size ? static_cast<const T*>(f.packed)[t * s.outputs + first + i] : T(0);
+          weight[begin[g] + t * width + i] = i < size ? static_cast<const T*>(p.weight)[t * s.outputs + first + i] : T(0);
     }
     p.weight = weight;
   } else {

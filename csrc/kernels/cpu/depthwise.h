@@ -1,5 +1,6 @@
-// Depthwise 3x3, 5x5 and 7x7, stride 1 and 2, on channels-last tensors: four output columns of two rows (AVX-512) or one at a
-// time, the weights of one vector of channels in registers, nothing staged. Included once per instruction set (see simd.h).
+// Depthwise 3x3, 5x5 and 7x7, stride 1 and 2, on channels-last tensors, where depthwise_flat.h does not take them: four output
+// columns of two rows (AVX-512) or one at a time, the weights of one vector of channels in registers, nothing staged. Included
+// once per instruction set (see simd.h).
 
 // The first lanes of a vector, at least one: one masked move with AVX-512.
 template <class V>
@@ -30,8 +31,6 @@ constexpr int64_t kAheadInput = int64_t(512) << 10, kAheadBoth = int64_t(8) << 2
 
 // Rows of the output that are computed together: each input row that is loaded serves all of them.
 constexpr int kDepthwiseRows = LP_REGISTERS == 32 ? 2 : 1;
-constexpr int kDepthwiseSide = 7;  // of the largest kernel
-
 struct DepthwiseRow {
   const float* in[2 * kDepthwiseRows + kDepthwiseSide - 2];  // at the first input column; a row of the padding is all zeros
   int64_t step, pad, width, cols;
@@ -87,7 +86,7 @@ static inline __attribute__((always_inline)) void depthwise_columns(const Depthw
     const float* in = r.in[h] + at;
 #pragma GCC unroll 13
     for (int i = 0; i < (Cols - 1) * Stride + K; ++i) {
-      const V v = depthwise_load<Part, V>(r, in + i * step);
+      const V v = in_register(depthwise_load<Part, V>(r, in + i * step));
 #pragma GCC unroll 2
       for (int row = 0; row < Rows; ++row)
 #pragma GCC unroll 4
@@ -238,6 +237,10 @@ static bool depthwise(const TapConv& p, const Env& env) {
   const int64_t channels = p.x_room && p.out_room ? round_up(exact, 8) : exact;
   const DepthwiseWeights w =
       depthwise_weights(env, static_cast<const float*>(p.weight), static_cast<const float*>(p.shift), p.taps, exact, channels);
+  if (const int64_t bands = flat_bands(p, channels, env.threads)) {
+    depthwise_flat(p, w.weight, w.shift, channels, bands, env);
+    return true;
+  }
   const int64_t row_floats = (p.width - 1) * p.x.w + channels;
   float* zeros = static_cast<float*>(env.alloc(env.owner, size_t(row_floats) * 4));
   memset(zeros, 0, size_t(row_floats) * 4);

@@ -29,6 +29,7 @@ namespace LP_ISA {
 #include "tiles.h"
 #include "pointwise.h"
 #include "strassen.h"
+#include "depthwise_flat.h"
 #include "depthwise.h"
 #include "depth_first.h"
 #include "pool.h"

@@ -59,9 +59,9 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
     memcpy(&pair, p, 8);
     return V(_mm512_castpd_ps(_mm512_set1_pd(pair)));
   };
-  // Zero in the odd lanes, where an infinite input would meet weights of zero.
-  const auto one = [](const float* p) __attribute__((always_inline)) {
-    return V(_mm512_castpd_ps(_mm512_set1_pd(_mm_cvtsd_f64(_mm_castps_pd(_mm_load_ss(p))))));
+  // Even lanes alone: what is infinite must not meet weights of zero.
+  const auto add_one = [](V& sum, const float* p, const V& both) __attribute__((always_inline)) {
+    sum = V(_mm512_mask3_fmadd_ps(_mm512_set1_ps(*p), __m512(both), __m512(sum), __mmask16(0x5555)));
   };
   for (int r = 0; r < t.runs; ++r) {
     for (int i = 0; i < bases; ++i) base[i] = t.x + t.run_at[r] + i * 3 * ld;
@@ -85,7 +85,7 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
       panel += 16;
     }
     const V both = __builtin_shuffle(load_panel<V, true>(narrow, true), turns);
-    ((tail[J] += one(base[J / 3] + J % 3 * ld) * both), ...);
+    (add_one(tail[J], base[J / 3] + J % 3 * ld, both), ...);
     narrow += 8;
   }
   constexpr Lanes even = {0, 2, 4, 6, 8, 10, 12, 14}, odd = {1, 3, 5, 7, 9, 11, 13, 15};
@@ -202,8 +202,7 @@ static void pointwise_rows(PointwiseTile t, int64_t rows) {
   const PointwiseSet& set = pointwise_set<W, P, Tail>();
   const int64_t tiles = (rows + set.max - 1) / set.max;
   const PointwiseTile start = t;
-  // An odd input left over in every run would cost more than pairs save.
-  const bool pairs = set.pairs[1] && (t.runs == 1 || t.run_length[0] % 2 == 0);
+  const bool pairs = set.pairs[1] != nullptr;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t row = rows * i / tiles, size = rows * (i + 1) / tiles - row;
     t.x = start.x + row * t.ldx;

@@ -80,6 +80,17 @@ static inline void store_part(ScalarOf<V>* p, V v, int64_t count) {
   if (count & 1) p[at] = part[at];
 }
 
+// One load for all that use it: as operands of them GCC would read it again each time, mostly from two cache lines.
+template <class V>
+static inline __attribute__((always_inline)) V in_register(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) >= 16) asm("" : "+v"(v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) >= 16) asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 static inline float to_acc(float v) { return v; }
 static inline double to_acc(double v) { return v; }
 static inline float to_acc(bf16 v) {

@@ -1,0 +1,172 @@
+// Depthwise with stride 1 on maps whose pixels follow each other without a gap: a row is one run of floats, the same tap of the
+// next column lies as many floats further as there are channels, and a vector holds whatever channels its place in the row has.
+// Its weights repeat with the period of the channels, and stay in registers while the vector goes down the rows, which takes
+// three loads per result of 3x3. No lane is idle but in the last vector of a row, so that three channels cost less than four.
+// Included once per instruction set (see simd.h).
+
+constexpr int kDepthwiseSide = 7;  // of the largest kernel
+
+// Lanes [from, to) of a vector, zero elsewhere; nothing else is touched.
+struct LaneRange {
+  int64_t from, to;
+};
+template <class V>
+static inline __attribute__((always_inline)) V load_range(const float* p, LaneRange range) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return V(_mm512_maskz_loadu_ps(__mmask16((1u << range.to) - (1u << range.from)), p));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), first = _mm256_set1_epi32(int(range.from));
+    const __m256i outside = _mm256_cmpgt_epi32(first, lane), below = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(range.to)), lane);
+    return V(_mm256_maskload_ps(p, _mm256_andnot_si256(outside, below)));
+  }
+#endif
+  float lanes[sizeof(V) / 4] = {};
+  for (int64_t i = range.from; i < range.to; ++i) lanes[i] = p[i];
+  return load<V>(lanes);
+}
+
+struct FlatRows {
+  const float* in;                       // at the window of the first output, which may begin before the map
+  int64_t in_row, before, inside, rows;  // input rows before the map, then in it; output rows
+  int64_t channels, pad, width, length;  // columns of padding; floats of an input and of an output row
+  const float *weight, *shift;           // [tap][weight_step], and the shift alike: by place in the row
+  int64_t weight_step;
+  const float* residual;
+  float* out;
+  int64_t residual_row, out_row;
+  Clamp bounds;
+};
+
+// One vector of all rows; Edge: some lanes' windows end at the sides of the map, or it is the last one.
+template <int K, bool Edge>
+static inline __attribute__((always_inline)) void flat_column(const FlatRows& r, int64_t phase, int64_t at) {
+  using V = Simd<float, LP_VECTOR_BYTES>::reg;
+  constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
+  const int64_t channels = r.channels, lanes = std::min(L, r.length - at);
+  V w[K * K];
+#pragma GCC unroll 49
+  for (int k = 0; k < K * K; ++k) w[k] = load<V>(r.weight + k * r.weight_step + phase);
+  LaneRange range[K];
+  if constexpr (Edge)
+    for (int k = 0; k < K; ++k) {
+      const int64_t first = at + (k - r.pad) * channels;
+      range[k].from = std::clamp<int64_t>(-first, 0, L);
+      range[k].to = std::clamp(r.width - first, range[k].from, L);
+    }
+  const V shift = load<V>(r.shift + phase), low = V{} + r.bounds.low, high = V{} + r.bounds.high;
+  const float *in = r.in + at, *residual = r.residual ? r.residual + at : nullptr;
+  float* out = r.out + at;
+  const int64_t in_row = r.in_row, out_row = r.out_row, residual_row = r.residual_row;
+  const auto before = uint64_t(r.before), inside = uint64_t(r.inside);
+  V acc[K];  // of the output rows that the next input row adds to
+  const auto add = [&](uint64_t row, int used) __attribute__((always_inline)) {
+    acc[used - 1] = shift;
+    if (row - before < inside) {
+#pragma GCC unroll 7
+      for (int k = 0; k < K; ++k) {
+        const V v = in_register(Edge ? load_range<V>(in + k * channels, range[k]) : load<V>(in + k * channels));
+#pragma GCC unroll 7
+        for (int i = 0; i < used; ++i) acc[i] += v * w[(used - 1 - i) * K + k];
+      }
+    }
+    in += in_row;
+  };
+#pragma GCC unroll 6
+  for (int used = 1; used < K; ++used) add(used - 1, used);
+  for (int64_t row = 0; row < r.rows; ++row) {
+    add(row + K - 1, K);
+    V v = acc[0];
+#pragma GCC unroll 6
+    for (int i = 0; i + 1 < K; ++i) acc[i] = acc[i + 1];
+    if (residual) {
+      v += Edge ? load_part<V>(residual, lanes) : load<V>(residual);
+      residual += residual_row;
+    }
+    v = clamp(v, low, high);
+    Edge ? store_part<V>(out, v, lanes) : store<V>(out, v);
+    out += out_row;
+  }
+}
+
+template <int K>
+static __attribute__((noinline)) void flat_rows(const FlatRows& r) {
+  constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
+  const int64_t begin = r.pad * r.channels, end = std::min(r.length, r.width + begin - (K - 1) * r.channels) - L;
+  int64_t phase = 0;
+  for (int64_t at = 0; at < r.length; at += L) {
+    at >= begin&& at <= end ? flat_column<K, false>(r, phase, at) : flat_column<K, true>(r, phase, at);
+    phase = (phase + L) % r.channels;
+  }
+}
+
+// Rows that go through together: the columns of a window, of all rows, stay in the L1 cache until the next tap reads them. At a
+// distance of many times 64 bytes that is a power of two, rows share cache sets. Counted in lines of 64 bytes.
+static int64_t flat_rows_in_cache(int64_t channels, int64_t row_floats, int64_t side) {
+  constexpr int64_t sets = 64, ways = 8;
+  const int64_t distance = (row_floats + kPanel / 2) / kPanel % sets, window = (side - 1) * channels / kPanel + 2;
+  int64_t shared = sets;  // their greatest common divisor
+  while (distance % shared != 0) shared /= 2;
+  return std::min(sets, sets / shared * window) * ways / window;
+}
+
+// Bands have at least so many rows. Whole vectors per pixel suit the other kernel: up to so many bytes of both maps it wins
+// against bands. And maps that come from memory are read row by row.
+constexpr int64_t kFlatRows = 12, kFlatBands = int64_t(4) << 20, kFlatMost = int64_t(16) << 20;
+
+// Bands of rows for each image; 0: not a case for it.
+static int64_t flat_bands(const TapConv& p, int64_t channels, int threads) {
+  const bool gapless = p.x.w == channels && p.out.w == channels && (!p.residual.data || p.residual.w == channels);
+  if (!gapless || p.step_h != 1) return 0;
+  const int64_t side = p.tap_h[p.taps - 1] - p.tap_h[0] + 1;
+  const int64_t most = flat_rows_in_cache(channels, p.x.h, side) - (side - 1);
+  const int64_t wanted = threads > 1 ? (4 * threads + p.n - 1) / std::max<int64_t>(1, p.n) : 1;
+  const int64_t bands = most > 0 ? (p.rows + most - 1) / most : p.rows;
+  const int64_t bytes = p.n * (p.height * p.width + p.rows * p.cols) * channels * 4;
+  if (bytes > kFlatMost && bands > 1) return 0;
+  if (bands > 1 && (most < kFlatRows || (channels % kPanel == 0 && bytes < kFlatBands))) return 0;
+  return std::max<int64_t>(1, std::min(p.rows, std::max(bands, wanted)));
+}
+
+static void depthwise_flat(const TapConv& p, const float* weights, const float* shifts, int64_t channels, int64_t bands,
+                           const Env& env) {
+  constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
+  const int64_t side = p.tap_h[p.taps - 1] - p.tap_h[0] + 1, taps = p.taps;
+  // The weights from every channel on, for one vector.
+  const int64_t weight_step = round_up(channels + L - 1, L);
+  float* weight =
+      reinterpret_cast<float*>(aligned(static_cast<char*>(env.alloc(env.owner, size_t((taps + 1) * weight_step) * 4 + 64))));
+  const auto repeat = [&](float* to, const float* from) {
+    for (int64_t i = 0; i < channels; ++i) to[i] = from ? from[i] : 0.0f;
+    for (int64_t i = channels; i < weight_step; ++i) to[i] = to[i - channels];
+  };
+  for (int64_t t = 0; t < taps; ++t) repeat(weight + t * weight_step, weights + t * channels);
+  repeat(weight + taps * weight_step, shifts);
+  const Clamp bounds = clamp_of(p.act);
+  run_tasks(env, p.n * bands, [&](int, int64_t index) {
+    const int64_t n = index / bands, band = index % bands;
+    const int64_t begin = p.rows * band / bands, end = p.rows * (band + 1) / bands, first = begin + p.tap_h[0];
+    FlatRows r{};
+    r.channels = channels;
+    r.pad = -p.tap_w[0];
+    r.width = p.width * channels;
+    r.length = p.cols * channels;
+    r.in = static_cast<const float*>(p.x.data) + n * p.x.n + first * p.x.h + p.tap_w[0] * channels + p.in_channel[0];
+    r.in_row = p.x.h;
+    r.before = std::max<int64_t>(0, -first);
+    r.inside = std::max<int64_t>(0, std::min(p.height, first + end - begin + side - 1) - std::max<int64_t>(0, first));
+    r.rows = end - begin;
+    r.weight = weight;
+    r.shift = weight + taps * weight_step;
+    r.weight_step = weight_step;
+    r.out = static_cast<float*>(p.out.data) + n * p.out.n + begin * p.out.h + p.out_channel[0];
+    r.out_row = p.out.h;
+    if (p.residual.data)
+      r.residual = static_cast<const float*>(p.residual.data) + n * p.residual.n + begin * p.residual.h + p.out_channel[0];
+    r.residual_row = p.residual.h;
+    r.bounds = bounds;
+    side == 3 ? flat_rows<3>(r) : side == 5 ? flat_rows<5>(r) : flat_rows<kDepthwiseSide>(r);
+    if (!bounds.complete)
+      for (int64_t i = 0; i < r.rows; ++i) activate_rows(p.act, r.out + i * r.out_row, r.length, 1, r.length);
+  });
+}
