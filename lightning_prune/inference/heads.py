@@ -45,7 +45,7 @@ def _replace(network: fx.GraphModule, linear: fx.Node, source: fx.Node) -> None:
         conv.bias = nn.Parameter(module.bias.detach())
     pool, name = f"{linear.name}_mean", f"{linear.name}_as_convolution"
     network.add_submodule(pool, nn.AdaptiveAvgPool2d(1).eval())
-    network.add_submodule(name, CompactConv2d.from_conv(conv, backend="own"))
+    network.add_submodule(name, CompactConv2d.from_conv(conv, backend="own", algorithm="direct"))
     graph = network.graph
     with graph.inserting_before(linear):
         mean = graph.call_module(pool, (source,))

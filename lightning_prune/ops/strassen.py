@@ -17,8 +17,8 @@ STRASSEN = 1
 HALF = 32
 # For which weights "auto" takes it: fewer units do not pay for the sums of inputs, fewer inputs not for what products share.
 AUTO_MIN_UNITS, AUTO_MIN_CHANNELS = 2, 48
-# Pixels that it takes, and those where the inputs times outputs are so many that the weight leaves the L2 cache.
-MIN_PIXELS, MANY_PIXELS, LARGE_WEIGHT = 48, 96, 400_000
+# Pixels that it takes, and those where the weight is so large that a network's other ones drive it out of L2.
+MIN_PIXELS, MANY_PIXELS, LARGE_WEIGHT = 48, 96, 150_000
 
 
 def strassen_units(outputs: int) -> int:

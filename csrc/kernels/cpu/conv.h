@@ -27,14 +27,16 @@ static void conv(const TapConv& p, const Env& env) {
   }
   const Bands b = make_bands(p, sizeof(T), env.threads);
   const int64_t staged_bytes = round_up((staged_elements(b) + 64) * int64_t(sizeof(T)), 64);
-  const int64_t slot_bytes = staged_bytes + round_up(b.pixels * 24, 64) + round_up(int64_t(p.taps + 1) * 16, 64);
-  // Few pixels: threads share them and split the outputs; each stages its band again.
+  const int64_t slot_bytes = staged_bytes + round_up(b.pixels * 24, 64) + round_up(int64_t(p.taps + 1) * 16, 64) + 64;
+  // Few pixels: threads share them and split the outputs; each stages its band itself.
   int64_t widest = 0;
   for (int g = 0; g < p.groups; ++g) widest = std::max(widest, p.out_begin[g + 1] - p.out_begin[g]);
   const int64_t missing = env.threads > 1 && !p.depthwise ? (2 * env.threads + b.tasks - 1) / b.tasks : 1;
   const int64_t splits = std::max<int64_t>(1, std::min(missing, widest / (2 * kPanel)));
   const int64_t slots = task_slots(env, b.tasks * splits);
   char* scratch = aligned(static_cast<char*>(env.alloc(env.owner, size_t(slots * slot_bytes + 64))));
+  const auto held = [&](int64_t slot) { return reinterpret_cast<int64_t*>(scratch + (slot + 1) * slot_bytes - 64); };
+  for (int64_t slot = 0; slot < slots; ++slot) *held(slot) = -1;  // the band that is staged there
   run_tasks(env, b.tasks * splits, [&](int slot, int64_t index) {
     char* base = scratch + slot * slot_bytes;
     T* staged = reinterpret_cast<T*>(base);
@@ -55,7 +57,10 @@ static void conv(const TapConv& p, const Env& env) {
     bool in_place = std::is_same_v<S, T> && !p.depthwise && p.taps == 1 && p.x.c == 1 && inputs > 0 && p.tap_h[0] >= 0 &&
                     p.tap_w[0] >= 0 && (p.rows - 1) * p.step_h + p.tap_h[0] < p.height &&
                     (p.cols - 1) * p.step_w + p.tap_w[0] < p.width && is_run(channel, inputs);
-    if (!in_place) stage_task<S, T>(staged, p, b, t, ld);
+    if (!in_place && *held(slot) != index / splits) {
+      stage_task<S, T>(staged, p, b, t, ld);
+      *held(slot) = index / splits;
+    }
     const int64_t staged_rows = (t.rows - 1) * b.pixel_step_h + b.extent_h;
     // Long rows of a channels-last output: equally spaced pixels need no table, and the epilogue stays in registers.
     const bool by_rows = std::is_same_v<S, float> && !in_place && !p.depthwise && p.taps > 0 && p.cols >= 12 && !p.scale &&

@@ -262,11 +262,12 @@ static void pointwise(const TapConv& p, const Env& env) {
   int64_t block = std::max<int64_t>(2 * tile, 128 * 1024 / 4 / (inputs + outputs) / tile * tile);
   if (inputs * outputs <= 48 * 1024) block = std::max(tile, 16 * 1024 / 4 / std::max<int64_t>(1, inputs) / tile * tile);
   if (env.threads > 1) block = std::max<int64_t>(tile, std::min(block, (pixels + 3 * env.threads - 1) / (3 * env.threads)));
-  const int64_t blocks = (pixels + block - 1) / block;
-  // More weights than pixels: threads share the outputs, and each reads its part of the weights alone.
+  const int64_t blocks = std::min(pixels, round_up((pixels + block - 1) / block, env.threads));  // as many for each thread
+  // Threads share the outputs where each then reads fewer weights than pixels that another one wrote.
   constexpr int64_t unit = 2 * kPanel;
   const int64_t units = (outputs + unit - 1) / unit;
-  const int64_t parts = env.threads > 1 && pixels < outputs && units >= 2 * env.threads ? 2 * env.threads : 1;
+  const int64_t parts =
+      env.threads > 1 && pixels < outputs && 2 * pixels < inputs && units >= 2 * env.threads ? 2 * env.threads : 1;
   const int64_t cuts = parts > 1 ? 1 : blocks;
   run_tasks(env, cuts * parts, [&](int, int64_t index) {
     const int64_t cut = index / parts, part = index % parts;

@@ -243,10 +243,12 @@ static Bands make_bands(const TapConv& p, size_t element, int threads) {
     while (b.rows > 1 && rows_for(b.rows) * row_cost > budget) b.rows = (b.rows + 1) / 2;
     while (b.rows > 1 && b.rows * p.cols > 64 && p.n * p.groups * ((p.rows + b.rows - 1) / b.rows) < wanted_tasks)
       b.rows = (b.rows + 1) / 2;
-    const int64_t blocks = (p.rows + b.rows - 1) / b.rows;
-    b.rows = (p.rows + blocks - 1) / blocks;
+    b.row_blocks = (p.rows + b.rows - 1) / b.rows;
+    if (p.n % threads != 0 && b.row_blocks > 1) b.row_blocks = std::min(p.rows, round_up(b.row_blocks, threads));
+    b.rows = (p.rows + b.row_blocks - 1) / b.row_blocks;
+  } else {
+    b.row_blocks = 1;
   }
-  b.row_blocks = (p.rows + b.rows - 1) / b.rows;
   b.image_blocks = (p.n + b.images - 1) / b.images;
   b.tasks = b.row_blocks * b.image_blocks * p.groups;
   b.staged_rows = rows_for(b.rows);
@@ -266,8 +268,8 @@ static Task task_at(const TapConv& p, const Bands& b, int64_t index) {
   // Groups vary slowest in the inner part, so that tasks of one image run close together.
   t.group = int(index % p.groups);
   index /= p.groups;
-  t.row0 = index % b.row_blocks * b.rows;
-  t.rows = std::min(b.rows, p.rows - t.row0);
+  t.row0 = p.rows * (index % b.row_blocks) / b.row_blocks;
+  t.rows = p.rows * (index % b.row_blocks + 1) / b.row_blocks - t.row0;
   t.image0 = index / b.row_blocks * b.images;
   t.images = std::min(b.images, p.n - t.image0);
   return t;

@@ -167,14 +167,16 @@ static bool strassen(const TapConv& p, const Env& env) {
   const int64_t pixels = p.n * p.rows * p.cols, inputs = p.in_begin[1], outputs = p.out_begin[1];
   const int64_t units = strassen_units(outputs), depth = (inputs + 1) / 2;
   const StrassenSet& set = strassen_set();
-  const int64_t most = 2 * set.max, tiles = (pixels + most - 1) / most;
+  const int64_t most = 2 * set.max;
+  // An even number: as many for each of two threads. The same for any number of them, as the pairs decide how sums are rounded.
+  const int64_t tiles = pixels <= most ? 1 : round_up((pixels + most - 1) / most, 2);
   // Sums that stay in L1, or near it: the sums of weights are in L2, if they fit. Else few passes over them.
   int64_t block = 7 * depth * units * kStrassenHalf * 4 <= 512 * 1024 ? 1 : 4;  // tiles
   if (env.threads > 1) block = std::max<int64_t>(1, std::min(block, tiles / (3 * env.threads)));
-  const int64_t blocks = (tiles + block - 1) / block;
+  const int64_t blocks = std::min(tiles, round_up((tiles + block - 1) / block, env.threads));
   // Few blocks: threads share the outputs as well, and each makes the sums again.
   const int64_t parts = std::min(units, env.threads > 1 ? (3 * env.threads + blocks - 1) / blocks : 1);
-  const int64_t slots = std::min<int64_t>(env.threads, blocks * parts), pairs = block * set.max;
+  const int64_t slots = task_slots(env, blocks * parts), pairs = block * set.max;
   // An odd number of lines from row to row: they spread over all sets of the cache.
   const int64_t ld = (round_up(depth, 16) / 16 | 1) * 16;
   float* scratch =
