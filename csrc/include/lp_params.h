@@ -69,8 +69,8 @@ constexpr int kStridedTile = 16, kStrassenTile = 1;
 constexpr int kTileCodes[] = {2, 4, kStridedTile + 3, kStridedTile + 4, kStridedTile + 5, kStrassenTile};
 constexpr int64_t kStrassenHalf = 32;
 
-// Units of the outputs; the last one may have up to 15 outputs too few. What is left over has no transform.
-LP_HD int64_t strassen_units(int64_t outputs) { return (outputs + 15) / (2 * kStrassenHalf); }
+// Units of the outputs; the last one may have up to 7 outputs too few. What is left over has no transform.
+LP_HD int64_t strassen_units(int64_t outputs) { return (outputs + 7) / (2 * kStrassenHalf); }
 
 LP_HD bool transform_takes(int64_t kernel, int tile) {
   if (kernel == 1) return tile == kStrassenTile;

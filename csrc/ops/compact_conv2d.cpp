@@ -39,7 +39,7 @@ int parse_algorithm(const char* op, const std::string& name, const Tensor& weigh
   const bool half = is_half(weight.scalar_type());
   // Half storage rounds the transformed weight too, which only the small tile forgives.
   if (name == "auto" && kernel == 1)
-    return fits && weight.scalar_type() == ScalarType::Float && strassen_units(weight.size(0)) >= 2 && weight.size(1) >= 48
+    return fits && weight.scalar_type() == ScalarType::Float && strassen_units(weight.size(0)) > 0 && weight.size(1) >= 48
                ? kStrassenTile
                : 0;
   if (name == "auto")

@@ -30,14 +30,14 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct
             at the same points. They do 56 %, 54 %, and for 5x5 and 7x7 30 % and 27 % of the multiplications (7x7 of up to
             four channels: 33 %, on blocks of 2x2 pixels), in 10, 14.4, 5.8 and 3.5 times the memory.
             ``strassen`` (float32, 1x1, groups=1, CPU) adds the sums of one level of Strassen's algorithm (1969) in Winograd's
-            form: for every 64 outputs (what is left over, up to 48, is summed directly) 7/8 of the multiplications, in 2.75
+            form: for every 64 outputs (what is left over, up to 56, is summed directly) 7/8 of the multiplications, in 2.75
             times the memory; it is used for stride 1 on channels_last maps of 48 pixels and more.
             ``tensor_core`` (CUDA, dense or depthwise) adds the weight in the layout of the tensor-core
             kernels, for inputs of the weight's dtype; float32 is multiplied as tf32 there, except in depthwise
             convolutions. ``auto``, from 9 inputs and outputs up, takes ``winograd4`` for 3x3, ``winograd2`` for 5x5 and
             for 3x3 in half types (where a transformed weight that is stored in half loses nothing that shows), and
             ``tensor_core`` for half types and depthwise weights on CUDA; and ``strassen`` for 1x1 in float32 from 48 inputs
-            and 113 outputs up.
+            and 57 outputs up.
 
     Returns:
         1-D tensor on the weight's device; float64 for float64 weights, else float32. Its layout does not depend on the

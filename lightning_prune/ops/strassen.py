@@ -15,15 +15,15 @@ from torch import Tensor
 STRASSEN = 1
 #: outputs of one half of a unit; csrc/include/lp_params.h has the same
 HALF = 32
-# For which weights "auto" takes it: fewer units do not pay for the sums of inputs, fewer inputs not for what products share.
-AUTO_MIN_UNITS, AUTO_MIN_CHANNELS = 2, 48
+# Inputs from which "auto" takes it: with fewer a product takes not much longer than loading and storing what products share.
+AUTO_MIN_CHANNELS = 48
 # Pixels that it takes, and those where the weight is so large that a network's other ones drive it out of L2.
 MIN_PIXELS, MANY_PIXELS, LARGE_WEIGHT = 48, 96, 150_000
 
 
 def strassen_units(outputs: int) -> int:
-    """Units of 64 outputs that are computed so; the last one may have up to 15 too few, the others are summed directly."""
-    return (outputs + 15) // (2 * HALF)
+    """Units of 64 outputs that are computed so; the last one may have up to 7 too few, the others are summed directly."""
+    return (outputs + 7) // (2 * HALF)
 
 
 def strassen_pays(weight_shape: Sequence[int]) -> bool:
@@ -32,7 +32,7 @@ def strassen_pays(weight_shape: Sequence[int]) -> bool:
     Args:
         weight_shape: (O, C, 1, 1).
     """
-    return strassen_units(int(weight_shape[0])) >= AUTO_MIN_UNITS and weight_shape[1] >= AUTO_MIN_CHANNELS
+    return strassen_units(int(weight_shape[0])) > 0 and weight_shape[1] >= AUTO_MIN_CHANNELS
 
 
 def strassen_gains(weight_shape: Sequence[int], pixels: int) -> bool:
