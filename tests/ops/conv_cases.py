@@ -181,3 +181,34 @@ def check_drawn(
     expected = reference.compact_conv2d(*double, *arguments)
     assert y.shape == expected.shape
     assert error(y, expected) < 2e-5
+
+
+def assert_agrees(
+    target: torch.device,
+    case: ConvCase,
+    in_gated: bool,
+    weight_format: torch.memory_format = torch.contiguous_format,
+) -> None:
+    """``masked_conv2d`` over all channels and its gradients, with a gate of the inputs on the CPU, against float64."""
+    x, weight, bias, gate, _, _ = case.tensors(target)
+    weight = weight.contiguous(memory_format=weight_format)
+    in_gate = case.randn(case.inputs).to(target) if in_gated and target.type == "cpu" else None
+    leaves = [
+        t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for t in (x, weight, bias, gate, in_gate)
+        if t is not None
+    ]
+    rest = iter(leaves)
+    own = [None if t is None else next(rest) for t in (x, weight, bias, gate, in_gate)]
+    y = torch.ops.lightning_prune.masked_conv2d(*own[:4], None, None, *case.settings, "auto", own[4])
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in own]
+    scaled = wide[0] if wide[4] is None else wide[0] * wide[4][:, None, None]
+    expected = reference.masked_conv2d(scaled, *wide[1:4], None, None, *case.settings)
+    assert error(y, expected) < TOLERANCE[case.dtype]
+    grad_y = case.randn(*y.shape).to(target)
+    found = torch.autograd.grad(y, leaves, grad_y.contiguous(memory_format=torch.channels_last))
+    wanted = torch.autograd.grad(
+        expected, [t for t in wide if t is not None], grad_y.double(), allow_unused=True
+    )
+    for grad, true in zip(found, wanted, strict=True):
+        assert error(grad, torch.zeros_like(grad).double() if true is None else true) < TOLERANCE[case.dtype]

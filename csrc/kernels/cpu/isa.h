@@ -42,6 +42,7 @@ namespace LP_ISA {
 #include "winograd_training.h"
 #include "batch_norm.h"
 #include "live_rows.h"
+#include "small_maps.h"
 // clang-format on
 }  // namespace LP_ISA
 }  // namespace
@@ -61,6 +62,7 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
                                    {LP_ISA::batch_norm_backward<float>, LP_ISA::batch_norm_backward<double>},
                                    LP_ISA::winograd_weight,
                                    LP_ISA::winograd_weight_grad,
+                                   {LP_ISA::small_map_forward, LP_ISA::small_map_input_grad, LP_ISA::small_map_weight_grad},
                                    LP_ISA::live_rows,
                                    LP_ISA::max_pool,
                                    LP_ISA::mean_pool,

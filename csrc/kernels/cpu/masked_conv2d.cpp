@@ -2,6 +2,7 @@
 #include "column_groups.h"
 #include "driver.h"
 #include "live_weight.h"
+#include "small_map_cases.h"
 
 namespace lp {
 namespace {
@@ -221,6 +222,7 @@ void pack_transformed(TapConv& p, const Env& env, const ConvShape& s, const View
 
 template <class T>
 void forward(const MaskedForward& f, const Env& env) {
+  if (small_map_forward(f, env)) return;
   if (forward_by_columns(f, env, [&](const MaskedForward& p) { forward<T>(p, env); })) return;
   const Taps taps = forward_taps(env, f.shape);
   TapConv p = forward_geometry(f.shape, f.x, taps);
@@ -495,14 +497,16 @@ void backward(const MaskedBackward& f, const Env& env) {
   const ChannelLists ins = split_groups(env, f.live_in, s.channels, int(s.groups));
   const Lists all = lists(ins, split_groups(env, f.live_out, s.outputs, int(s.groups)));
   const auto few = [&](const MaskedForward& p) { forward<T>(p, env); };
-  if (f.grad_x.data && ins.count() > 0 && all.outs.count() > 0 && !input_grad_by_columns(f, grad, env, few))
+  if (f.grad_x.data && ins.count() > 0 && all.outs.count() > 0 && !small_map_input_grad(f, grad, env) &&
+      !input_grad_by_columns(f, grad, env, few))
     input_grad<T>(f, grad, all, false, env);
   const auto few_grads = [&](const MaskedBackward& p, const View& columns) {
     const ChannelLists own = split_groups(env, p.live_in, p.shape.channels, 1);
     const ChannelLists lanes = split_groups(env, p.live_out, p.shape.outputs, 1);
     weight_grad<T>(p, columns, Lists{own, lanes, own, lanes}, false, env);
   };
-  if (wants_weight && !is_depthwise(s) && !weight_grad_by_columns(f, grad, env, few_grads))
+  if (wants_weight && !is_depthwise(s) && !small_map_weight_grad(f, grad, env) &&
+      !weight_grad_by_columns(f, grad, env, few_grads))
     weight_grad<T>(f, grad, all, false, env);
 }
 

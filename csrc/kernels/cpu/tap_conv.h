@@ -110,6 +110,22 @@ struct LiveRows {
   IndexList rows, columns;
 };
 
+// A convolution of dense channels-last maps of a few pixels. `places` are the pixels of x, `sites` those of y.
+struct SmallMap {
+  static constexpr int64_t limit = 16;  // places, sites, and taps that join any one of them to others
+  int64_t n, inputs, outputs, places, sites, taps;
+  float *x, *y;                                        // or their gradients
+  int64_t x_image, y_image, x_at[limit], y_at[limit];  // steps and offsets in floats
+  const float* weight;
+  int64_t weight_row, tap_at[limit];
+  int8_t joins[limit][limit];  // the tap from a place to a site, -1: none
+  const float *in_scale, *shift;
+  float* grad_weight;  // or nullptr, like in_sums, which get what they lack to the gradient of in_scale
+  int64_t grad_row, grad_tap_at[limit];
+  float* in_sums;
+  int tap(int64_t place, int64_t site) const { return joins[place][site]; }
+};
+
 struct CpuKernels {
   const char* name;
   int64_t lanes;                                           // floats of a vector
@@ -126,6 +142,7 @@ struct CpuKernels {
   void (*batch_norm_backward[2])(const BatchNorm&, const Env&);
   void (*winograd_weight)(const PanelSource<float>&, int tile, const Env&);
   void (*winograd_weight_grad)(const TapWeightGrad&, int tile, const Env&);  // float32, one group, 3x3, stride 1, one part
+  void (*small_map[3])(const SmallMap&, const Env&);                         // output, gradients of x and of the weight
   bool (*live_rows)(const LiveRows&, const Env&);                            // false: not on this level
   void (*max_pool)(const MaxPool&, const Env&);
   void (*mean_pool)(const MeanPool&, const Env&);
