@@ -63,7 +63,7 @@ struct StrassenTile {
   const float* residual;
   int64_t ldr;
   float* y;
-  int64_t ldy, count[2];
+  int64_t ldy, count;  // of the right columns; all of the left ones are there
   Clamp bounds;
 };
 
@@ -116,12 +116,15 @@ static inline __attribute__((always_inline)) void strassen_body(const StrassenTi
     for (int j = 0; j < Rows; ++j, line += t.ldy)
       for (int v = 0; v < NV * L; v += 16) __builtin_prefetch(line + v, 1);
   };
-  const auto finish = [&](int64_t row, int half, bool skip, const auto& value) __attribute__((always_inline)) {
-    const int64_t count = t.count[half];
+  using Yes = std::true_type;
+  using No = std::false_type;
+  const auto finish = [&](int64_t row, auto right, bool skip, const auto& value) __attribute__((always_inline)) {
+    constexpr int half = decltype(right)::value;
+    const int64_t count = half ? t.count : NV * L, last = count - (NV - 1) * L;
     const float* shift = t.shift[half];
     float* y = t.y + row * t.ldy + half * kStrassenHalf;
     const float* residual = t.residual ? t.residual + row * t.ldr + half * kStrassenHalf : nullptr;
-    if (count < NV * L) {  // by loops: little code matters more
+    if (last <= 0) {  // short vectors alone come here
       ((store<V>(second + I * L, value(I))), ...);
       for (int j = skip; j < Rows; ++j)
         for (int v = 0; v * L < count; ++v) {
@@ -139,16 +142,20 @@ static inline __attribute__((always_inline)) void strassen_body(const StrassenTi
       to[i] = y + i * 3 * t.ldy;
       asm("" : "+r"(to[i]));
     }
-    V added[NV] = {};
-    for (int v = 0; v < NV && shift; ++v) added[v] = load<V>(shift + v * L);
-    const auto one = [&](int j, int v, V all, auto more) __attribute__((always_inline)) {
-      if (j == 0 && skip) return;
-      all += added[v];
-      if constexpr (decltype(more)::value) all += load<V>(from[j / 3] + j % 3 * t.ldr + v * L);
-      store<V>(to[j / 3] + j % 3 * t.ldy + v * L, clamp(all, low, high));
-    };
     for (int i = 0; i < (Rows + 2) / 3 && residual; ++i) from[i] = residual + i * 3 * t.ldr;
-    residual ? (one(I / NV, I % NV, value(I), std::true_type()), ...) : (one(I / NV, I % NV, value(I), std::false_type()), ...);
+    V added[NV] = {};
+    for (int v = 0; v < NV && shift; ++v) added[v] = load_part<V>(shift + v * L, v < NV - 1 ? L : last);
+    const auto one = [&](int j, int v, V all, auto whole, auto more) __attribute__((always_inline)) {
+      if (j == 0 && skip) return;
+      const int64_t lanes = decltype(whole)::value || v < NV - 1 ? L : last;
+      all += added[v];
+      if constexpr (decltype(more)::value) all += load_part<V>(from[j / 3] + j % 3 * t.ldr + v * L, lanes);
+      store_part<V>(to[j / 3] + j % 3 * t.ldy + v * L, clamp(all, low, high), lanes);
+    };
+    if (!half || last == L)
+      residual ? (one(I / NV, I % NV, value(I), Yes(), Yes()), ...) : (one(I / NV, I % NV, value(I), Yes(), No()), ...);
+    else
+      residual ? (one(I / NV, I % NV, value(I), No(), Yes()), ...) : (one(I / NV, I % NV, value(I), No(), No()), ...);
   };
   const auto sum = [&](int i) __attribute__((always_inline)) { return acc[i]; };
   const bool skip = 2 * Rows > t.rows;  // the first row below is the last one above
@@ -157,7 +164,7 @@ static inline __attribute__((always_inline)) void strassen_body(const StrassenTi
   keep(first);
   ahead(0, 0);
   product(upper + t.second, t.ldx);  // A12 B21
-  finish(0, 0, false, sum);
+  finish(0, No(), false, sum);
   ((acc[I] = load<V>(first + I * L)), ...);
   product(t.sums + t.sums_step, t.ld);  // (A21 + A22 - A11) (B22 - B12 + B11)
   keep(first);
@@ -165,15 +172,15 @@ static inline __attribute__((always_inline)) void strassen_body(const StrassenTi
   keep(second);
   ahead(low_at, 0);
   product(lower + t.second, t.ldx);  // A22 (B21 - B22 + B12 - B11)
-  finish(low_at, 0, skip, sum);
+  finish(low_at, No(), skip, sum);
   ((acc[I] = V{}), ...);
   ahead(low_at, 1);
   product(t.sums, t.ld);  // (A21 + A22) (B12 - B11)
-  finish(low_at, 1, skip, [&](int i) __attribute__((always_inline)) { return acc[i] + load<V>(second + i * L); });
+  finish(low_at, Yes(), skip, [&](int i) __attribute__((always_inline)) { return acc[i] + load<V>(second + i * L); });
   ((acc[I] += load<V>(first + I * L)), ...);
   ahead(0, 1);
   product(t.sums + 3 * t.sums_step, t.ld);  // (A12 - A21 - A22 + A11) B22
-  finish(0, 1, false, sum);
+  finish(0, Yes(), false, sum);
   *t.next = next;
 }
 
@@ -272,8 +279,7 @@ static bool strassen(const TapConv& p, const Env& env) {
         for (int64_t panel = 0; panel < kStrassenHalf; panel += kStrassenPanels * kPanel) {
           const int64_t left = unit * 2 * kStrassenHalf + panel, right = left + kStrassenHalf;
           t.weight = weight_sums + (unit * kStrassenHalf + panel) * 7 * depth;
-          t.count[0] = kStrassenPanels * kPanel;
-          t.count[1] = std::min<int64_t>(kStrassenPanels * kPanel, outputs - right);
+          t.count = std::min<int64_t>(kStrassenPanels * kPanel, outputs - right);
           t.shift[0] = shift ? shift + left : nullptr;
           t.shift[1] = shift ? shift + right : nullptr;
           for (int64_t i = from; i < to; ++i) {
