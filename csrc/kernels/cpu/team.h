@@ -73,23 +73,6 @@ class Team {
       }
     }
 
-    // Spins, then makes room for others.
-    class Wait {
-     public:
-      void operator()() {
-        if (++count_ < 4000) {
-#if defined(__x86_64__)
-          __builtin_ia32_pause();
-#endif
-          return;
-        }
-        std::this_thread::yield();
-      }
-
-     private:
-      int count_ = 0;
-    };
-
     Team& team_;
     int64_t index_;
     uint64_t step_ = 0;
@@ -99,6 +82,23 @@ class Team {
   void abandon() { abandoned_.store(true, std::memory_order_relaxed); }
 
  private:
+  // Spins, then makes room for others.
+  class Wait {
+   public:
+    void operator()() {
+      if (++count_ < 256) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+        return;
+      }
+      std::this_thread::yield();
+    }
+
+   private:
+    int count_ = 0;
+  };
+
   struct alignas(128) Share {  // two cache lines: they come in pairs
     std::atomic<uint64_t> state{0};
   };
