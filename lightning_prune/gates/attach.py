@@ -36,12 +36,14 @@ class Site:
     index: Tensor
     _index: Tensor = field(init=False, repr=False)  # where the multipliers are
     _first: int = field(init=False, repr=False)  # of a run of channels, -1 for anything else
+    _all: bool = field(init=False, repr=False)  # whether every position belongs to a channel
 
     def __post_init__(self) -> None:
         first = int(self.index[0]) if len(self.index) else -1
         run = first >= 0 and torch.equal(self.index.cpu(), torch.arange(first, first + len(self.index)))
         object.__setattr__(self, "_index", self.index)
         object.__setattr__(self, "_first", first if run else -1)
+        object.__setattr__(self, "_all", bool((self.index >= 0).all()))
 
     def scale(self, multipliers: Tensor, ndim: int) -> Tensor:
         """Multipliers laid out along ``dim``, ones where no channel is gated. Broadcasts against the weight."""
@@ -51,6 +53,8 @@ class Site:
             return multipliers.narrow(0, self._first, len(self.index)).view(shape)
         if self._index.device != multipliers.device:
             object.__setattr__(self, "_index", self._index.to(multipliers.device))
+        if self._all:
+            return multipliers.index_select(0, self._index).view(shape)
         padded = torch.cat([multipliers, multipliers.new_ones(1)])
         return padded.index_select(0, self._index.where(self._index >= 0, len(multipliers))).view(shape)
 
