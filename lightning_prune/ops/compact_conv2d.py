@@ -31,7 +31,8 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct
             four channels: 33 %, on blocks of 2x2 pixels), in 10, 14.4, 5.8 and 3.5 times the memory.
             ``strassen`` (float32, 1x1, groups=1, CPU) adds the sums of one level of Strassen's algorithm (1969) in Winograd's
             form: for every 64 outputs (what is left over, up to 56, is summed directly) 7/8 of the multiplications, in 2.75
-            times the memory; it is used for stride 1 on channels_last maps of 48 pixels and more.
+            times the memory; it is used for stride 1 on channels_last maps of 48 pixels and more (with fewer than 96 inputs:
+            up to 16 MB of results).
             ``tensor_core`` (CUDA, dense or depthwise) adds the weight in the layout of the tensor-core
             kernels, for inputs of the weight's dtype; float32 is multiplied as tf32 there, except in depthwise
             convolutions. ``auto``, from 9 inputs and outputs up, takes ``winograd4`` for 3x3, ``winograd2`` for 5x5 and

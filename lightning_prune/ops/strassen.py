@@ -19,6 +19,8 @@ HALF = 32
 AUTO_MIN_CHANNELS = 48
 # Pixels that it takes, and those where the weight is so large that a network's other ones drive it out of L2.
 MIN_PIXELS, MANY_PIXELS, LARGE_WEIGHT = 48, 96, 150_000
+# Results from which writing them to memory takes as long as computing them from fewer than so many inputs.
+MOST_RESULTS, FEW_CHANNELS = 4 << 20, 96
 
 
 def strassen_units(outputs: int) -> int:
@@ -36,14 +38,15 @@ def strassen_pays(weight_shape: Sequence[int]) -> bool:
 
 
 def strassen_gains(weight_shape: Sequence[int], pixels: int) -> bool:
-    """Whether so many pixels make up for the weights, of which there are 1.75 times as many.
+    """Whether so many pixels make up for 1.75 times as many weights, and do not take all the time to be written.
 
     Args:
         weight_shape: (O, C, 1, 1).
         pixels: of all images that are computed together.
     """
     large = weight_shape[0] * weight_shape[1] >= LARGE_WEIGHT
-    return strassen_pays(weight_shape) and pixels >= (MANY_PIXELS if large else MIN_PIXELS)
+    written = weight_shape[1] < FEW_CHANNELS and pixels * weight_shape[0] > MOST_RESULTS
+    return strassen_pays(weight_shape) and not written and pixels >= (MANY_PIXELS if large else MIN_PIXELS)
 
 
 def strassen_shape(weight_shape: Sequence[int]) -> tuple[int, int, int, int]:

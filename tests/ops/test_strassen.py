@@ -230,6 +230,9 @@ def test_when_it_pays() -> None:
     assert strassen_gains((128, 64, 1, 1), 49)
     assert not strassen_gains((128, 64, 1, 1), 36)
     assert not strassen_gains((2048, 512, 1, 1), 49)
+    assert not strassen_gains((256, 64, 1, 1), 8 * 56**2)
+    assert strassen_gains((256, 64, 1, 1), 56**2)
+    assert strassen_gains((256, 96, 1, 1), 8 * 56**2)
     assert algorithm_for((256, 128, 1, 1), 1, 14, 14) == "auto"
     assert algorithm_for((256, 128, 1, 1), 1, 4, 4) == "direct"
     assert algorithm_for((256, 128, 1, 1), 8, 14, 14, 2) == "direct"

@@ -141,6 +141,13 @@ void pack_strassen(const View& w, int64_t outputs, int64_t channels, float* pack
 
 // Pixels from which Strassen's products pay: they read 1.75 times the weights.
 constexpr int64_t kStrassenPixels = 48;
+// And outputs that go to memory, of so few inputs that writing them takes as long as computing them: rows in order are faster.
+constexpr int64_t kStrassenMostOutputs = 4 << 20, kStrassenFewInputs = 96;
+
+bool use_strassen(const ConvShape& s, int64_t images) {
+  const int64_t pixels = images * s.out_h * s.out_w;
+  return pixels >= kStrassenPixels && (s.channels >= kStrassenFewInputs || pixels * s.outputs <= kStrassenMostOutputs);
+}
 
 // Multiplications that every weight which a transform for stride 2 adds must save: it may come from memory.
 constexpr int64_t kSavedPerWeight = 12;
@@ -150,7 +157,7 @@ constexpr int64_t kSavedPerWeight = 12;
 bool use_transform(const CompactForward& f, int64_t images) {
   const ConvShape& s = f.shape;
   if (f.tile == 0 || f.dtype == DType::f64 || s.groups != 1 || s.channels == 0) return false;
-  if (f.tile == kStrassenTile) return images * s.out_h * s.out_w >= kStrassenPixels;
+  if (f.tile == kStrassenTile) return use_strassen(s, images);
   const int stride = f.tile < kStridedTile ? 1 : 2, side = f.tile % kStridedTile;
   if (s.stride_h != stride || s.stride_w != stride) return false;
   if (stride == 2 && (s.dil_h != 1 || s.dil_w != 1)) return false;
