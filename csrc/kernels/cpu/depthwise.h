@@ -31,9 +31,14 @@ constexpr int64_t kAheadInput = int64_t(512) << 10, kAheadBoth = int64_t(8) << 2
 
 // Rows of the output that are computed together: each input row that is loaded serves all of them.
 constexpr int kDepthwiseRows = LP_REGISTERS == 32 ? 2 : 1;
+// Vectors share cache lines, where they are narrower than a line or the channels ragged. Rows that do not stay in the L1 cache
+// go through in strips of columns, if these are not too narrow: floats of all that is read and written together.
+constexpr int64_t kRowFloats = 10 << 10, kStripFloats = 8 << 10, kStripColumns = 12;
+
 struct DepthwiseRow {
   const float* in[2 * kDepthwiseRows + kDepthwiseSide - 2];  // at the first input column; a row of the padding is all zeros
   int64_t step, pad, width, cols;
+  int64_t begin, end;  // columns to compute
   const float *weight, *shift, *residual;
   int64_t tap_stride, residual_step, residual_row;
   float* out;
@@ -139,20 +144,20 @@ static inline __attribute__((always_inline)) void depthwise_edge(const Depthwise
 template <class V, int K, int Stride, int Rows, Ahead A, bool Part>
 static __attribute__((noinline)) void depthwise_vector(const DepthwiseRow& r, int64_t channel) {
   const int64_t room = r.width - K + r.pad;
-  const int64_t lo = std::min(r.cols, (r.pad + Stride - 1) / Stride);
-  const int64_t hi = std::max(lo, std::min(r.cols, room < 0 ? 0 : room / Stride + 1));
+  const int64_t lo = std::clamp((r.pad + Stride - 1) / Stride, r.begin, r.end);
+  const int64_t hi = std::clamp(room < 0 ? 0 : room / Stride + 1, lo, r.end);
   V w[K * K];
 #pragma GCC unroll 49
   for (int k = 0; k < K * K; ++k) w[k] = depthwise_load<Part, V>(r, r.weight + k * r.tap_stride + channel);
   const V shift = r.shift ? depthwise_load<Part, V>(r, r.shift + channel) : V{};
   for (int row = 0; row < Rows; ++row)
-    for (int64_t c = 0; c < lo; ++c) depthwise_edge<V, K, Stride, Part>(r, w, shift, channel, c, row);
+    for (int64_t c = r.begin; c < lo; ++c) depthwise_edge<V, K, Stride, Part>(r, w, shift, channel, c, row);
   int64_t c = lo;
   if (hi - lo >= 4)
     for (; c < hi; c += 4) depthwise_columns<V, K, Stride, Rows, 4, A, Part>(r, w, shift, channel, std::min(c, hi - 4));
   for (; c < hi; ++c) depthwise_columns<V, K, Stride, Rows, 1, Ahead::none, Part>(r, w, shift, channel, c);
   for (int row = 0; row < Rows; ++row)
-    for (c = hi; c < r.cols; ++c) depthwise_edge<V, K, Stride, Part>(r, w, shift, channel, c, row);
+    for (c = hi; c < r.end; ++c) depthwise_edge<V, K, Stride, Part>(r, w, shift, channel, c, row);
 }
 
 // All channels: whole vectors, then the narrowest one that holds the rest and overlaps the one before.
@@ -161,7 +166,11 @@ static void depthwise_strip(const DepthwiseRow& r, int64_t channels) {
   using V = typename Simd<float, Bytes>::reg;
   constexpr int64_t L = Bytes / 4;
   int64_t channel = 0;
-  for (; channel + L <= channels; channel += L) depthwise_vector<V, K, Stride, Rows, A, false>(r, channel);
+  for (; channel + L <= channels; channel += L)
+    if (L < kPanel && channel % kPanel != 0)  // its lines have been fetched for the vector before
+      depthwise_vector<V, K, Stride, Rows, Ahead::none, false>(r, channel);
+    else
+      depthwise_vector<V, K, Stride, Rows, A, false>(r, channel);
   const int64_t rest = channels - channel;
   if (rest == 0) return;
   if constexpr (Bytes > 16) {
@@ -208,12 +217,19 @@ static DepthwiseWeights depthwise_weights(const Env& env, const float* weight, c
 }
 
 // `rows` rows, at most kDepthwiseRows; r says what `ahead` fetches.
-static void depthwise_rows(const DepthwiseRow& r, int64_t side, int64_t stride, int rows, int64_t channels, Ahead ahead) {
+static void depthwise_rows(DepthwiseRow r, int64_t side, int64_t stride, int rows, int64_t channels, Ahead ahead) {
   const auto run = [&](auto k, auto s, auto a) {
     constexpr int K = decltype(k)::value, Stride = decltype(s)::value;
     constexpr Ahead A = decltype(a)::value;
-    rows == 1 ? depthwise_strip<LP_VECTOR_BYTES, K, Stride, 1, A>(r, channels)
-              : depthwise_strip<LP_VECTOR_BYTES, K, Stride, kDepthwiseRows, A>(r, channels);
+    const int64_t floats = r.step * (Stride * ((rows - 1) * Stride + K) + rows), columns = kStripFloats / floats / 4 * 4;
+    const bool shared = LP_VECTOR_BYTES < 64 || r.step % kPanel != 0;
+    const bool strips = shared && columns >= kStripColumns && floats * r.cols > kRowFloats;
+    for (r.begin = 0; r.begin < r.cols; r.begin = r.end) {
+      r.end = r.begin + columns + (r.begin == 0 ? (r.pad + Stride - 1) / Stride : 0);
+      if (!strips || r.end + 4 > r.cols) r.end = r.cols;
+      rows == 1 ? depthwise_strip<LP_VECTOR_BYTES, K, Stride, 1, A>(r, channels)
+                : depthwise_strip<LP_VECTOR_BYTES, K, Stride, kDepthwiseRows, A>(r, channels);
+    }
   };
   const auto fetching = [&](auto k, auto s) {
     // large kernels have more to compute than to fetch: one way for all

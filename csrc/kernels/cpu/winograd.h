@@ -167,17 +167,29 @@ struct WinogradScratch {
   int64_t* pixel_begin;  // per tile of the block, and the end
 };
 
-// A copy of the tile's input with its zero padding, dense channels.
+// One pixel of at least a block of channels: the last vector overlaps the one before; fewer are followed by zeros.
+static inline void stage_pixel(float* to, const float* from, int64_t channels) {
+  using V = Simd<float, LP_VECTOR_BYTES>::reg;
+  constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
+  if (channels < kChannelBlock) {
+    for (int64_t c = 0; c < kChannelBlock; c += L)
+      store<V>(to + c, c < channels ? load_part<V>(from + c, std::min(L, channels - c)) : V{});
+    return;
+  }
+  for (int64_t c = 0; c + L <= channels; c += L) store<V>(to + c, load<V>(from + c));
+  if (channels % L > 0) store<V>(to + channels - L, load<V>(from + channels - L));
+}
+
+// A copy of the tile's input with its zero padding, whose pixels begin on cache lines.
 static void stage_patch(const TapConv& p, const TileBlocks& t, int64_t n, int64_t h0, int64_t w0, int64_t size, int64_t channel,
                         int64_t channels, int64_t ld, float* patch) {
-  if (ld > channels) memset(patch, 0, size_t(size * size * ld) * 4);
   for (int64_t i = 0; i < size; ++i)
     for (int64_t j = 0; j < size; ++j, patch += ld) {
       const int64_t h = h0 + i * t.step_h, w = w0 + j * t.step_w;
       if (h < 0 || h >= p.height || w < 0 || w >= p.width)
-        memset(patch, 0, size_t(channels) * 4);
+        memset(patch, 0, size_t(ld) * 4);
       else
-        memcpy(patch, static_cast<const float*>(p.x.data) + n * p.x.n + h * p.x.h + w * p.x.w + channel, size_t(channels) * 4);
+        stage_pixel(patch, static_cast<const float*>(p.x.data) + n * p.x.n + h * p.x.h + w * p.x.w + channel, channels);
     }
 }
 
@@ -186,10 +198,11 @@ static void transform_block(const TapConv& p, const TileBlocks& t, const Channel
                             const WinogradScratch& s) {
   constexpr int window = TileDomain<N, S>::window;
   const int64_t channels = p.in_begin[1];
-  const int64_t ld = std::max<int64_t>(kChannelBlock, channels);
   const bool run = p.x.c == 1 && is_run(p.in_channel, channels);
+  const int64_t ld = run ? round_up(channels, kChannelBlock) : std::max<int64_t>(kChannelBlock, channels);
   // Pixels of fewer channels than a block are read with the beginning of the next one, up to the end of the tensor.
-  const int64_t limit = (p.n - 1) * p.x.n + (p.height - 1) * p.x.h + (p.width - 1) * p.x.w + channels - ld;
+  const int64_t limit = (p.n - 1) * p.x.n + (p.height - 1) * p.x.h + (p.width - 1) * p.x.w + channels -
+                        std::max<int64_t>(kChannelBlock, channels);
   const int64_t group_rows = tile_groups(count).rows, reach_h = (window - 1) * t.step_h;
   const int64_t reach_w = (window - 1) * t.step_w;
   const auto transform = [&](const float* src, int64_t row, int64_t col, float* dst) {
@@ -355,7 +368,7 @@ template <int M, int N, int S = 1>
 static void winograd_by_tiles(const TapConv& p, const Env& env) {
   constexpr int window = TileDomain<N, S>::window;
   const int64_t channels = p.in_begin[1];
-  const int64_t staged = window * window * std::max<int64_t>(kChannelBlock, channels) + kChannelBlock;
+  const int64_t staged = window * window * round_up(channels, kChannelBlock) + kChannelBlock;
   winograd_tiles<M, N, S>(p, channels, staged, env,
                           [&](const TileBlocks& t, const ChannelBlocks& cb, int64_t, int64_t count, const WinogradScratch& s) {
                             transform_block<M, N, S>(p, t, cb, count, s);

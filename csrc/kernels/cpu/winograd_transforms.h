@@ -129,7 +129,7 @@ static void winograd_input(const float* src, int64_t row, int64_t col, int64_t c
       for (int j = 0; j < N; ++j, line += col) {
         const float* const base[2] = {line, line + 4 * row};  // steps that addresses take as they are
 #pragma GCC unroll 6
-        for (int i = 0; i < N; ++i) in[i] = load<V>(base[i / 4] + i % 4 * row);
+        for (int i = 0; i < N; ++i) in[i] = in_register(load<V>(base[i / 4] + i % 4 * row));
         Winograd<M, N>::input(in, out);
 #pragma GCC unroll 6
         for (int i = 0; i < N; ++i) t[i][j] = out[i];
@@ -176,8 +176,8 @@ static void winograd_strided_input(const float* src, int64_t row, int64_t col, i
         const float* const base[3] = {line, line + 4 * row, line + 8 * row};
 #pragma GCC unroll 6
         for (int i = 0; i < N; ++i) {
-          even[i] = load<V>(base[i / 2] + i % 2 * 2 * row);
-          if (i < N - 1) odd[i] = load<V>(base[i / 2] + (i % 2 * 2 + 1) * row);
+          even[i] = in_register(load<V>(base[i / 2] + i % 2 * 2 * row));
+          if (i < N - 1) odd[i] = in_register(load<V>(base[i / 2] + (i % 2 * 2 + 1) * row));
         }
         PointsOf<N>::finite(even, out);
 #pragma GCC unroll 6
