@@ -39,7 +39,7 @@ struct FlatRows {
 };
 
 // One vector of all rows; Edge: some lanes' windows end at the sides of the map, or it is the last one.
-template <int K, bool Edge>
+template <int K, bool Edge, bool Residual>
 static inline __attribute__((always_inline)) void flat_column(const FlatRows& r, int64_t phase, int64_t at) {
   using V = Simd<float, LP_VECTOR_BYTES>::reg;
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
@@ -58,45 +58,63 @@ static inline __attribute__((always_inline)) void flat_column(const FlatRows& r,
   const float *in = r.in + at, *residual = r.residual ? r.residual + at : nullptr;
   float* out = r.out + at;
   const int64_t in_row = r.in_row, out_row = r.out_row, residual_row = r.residual_row;
-  const auto before = uint64_t(r.before), inside = uint64_t(r.inside);
-  V acc[K];  // of the output rows that the next input row adds to
-  const auto add = [&](uint64_t row, int used) __attribute__((always_inline)) {
+  const int64_t before = r.before, below = before + r.inside;  // input rows from the window of the first output on
+  V acc[K];                                                    // of the output rows that the next input row adds to
+  const auto add = [&](int used) __attribute__((always_inline)) {
     acc[used - 1] = shift;
-    if (row - before < inside) {
 #pragma GCC unroll 7
-      for (int k = 0; k < K; ++k) {
-        const V v = in_register(Edge ? load_range<V>(in + k * channels, range[k]) : load<V>(in + k * channels));
+    for (int k = 0; k < K; ++k) {
+      const V v = in_register(Edge ? load_range<V>(in + k * channels, range[k]) : load<V>(in + k * channels));
 #pragma GCC unroll 7
-        for (int i = 0; i < used; ++i) acc[i] += v * w[(used - 1 - i) * K + k];
-      }
+      for (int i = 0; i < used; ++i) acc[i] += v * w[(used - 1 - i) * K + k];
     }
-    in += in_row;
   };
-#pragma GCC unroll 6
-  for (int used = 1; used < K; ++used) add(used - 1, used);
-  for (int64_t row = 0; row < r.rows; ++row) {
-    add(row + K - 1, K);
+  const auto finish = [&]() __attribute__((always_inline)) {
     V v = acc[0];
 #pragma GCC unroll 6
     for (int i = 0; i + 1 < K; ++i) acc[i] = acc[i + 1];
-    if (residual) {
+    if constexpr (Residual) {
       v += Edge ? load_part<V>(residual, lanes) : load<V>(residual);
       residual += residual_row;
     }
     v = clamp(v, low, high);
     Edge ? store_part<V>(out, v, lanes) : store<V>(out, v);
     out += out_row;
+  };
+#pragma GCC unroll 6
+  for (int used = 1; used < K; ++used) {
+    acc[used - 1] = shift;
+    if (used > before && used <= below) add(used);
+    in += in_row;
+  }
+  int64_t row = 0;
+  for (; row < r.rows && row + K - 1 < before; ++row) {
+    acc[K - 1] = shift;
+    in += in_row;
+    finish();
+  }
+  for (const int64_t stop = std::min(r.rows, below - (K - 1)); row < stop; ++row) {
+    add(K);
+    in += in_row;
+    finish();
+  }
+  for (; row < r.rows; ++row) {
+    acc[K - 1] = shift;
+    finish();
   }
 }
 
-template <int K>
+template <int K, bool Residual>
 static __attribute__((noinline)) void flat_rows(const FlatRows& r) {
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
   const int64_t begin = r.pad * r.channels, end = std::min(r.length, r.width + begin - (K - 1) * r.channels) - L;
   int64_t phase = 0;
+  const int64_t step = L % r.channels;
   for (int64_t at = 0; at < r.length; at += L) {
-    at >= begin&& at <= end ? flat_column<K, false>(r, phase, at) : flat_column<K, true>(r, phase, at);
-    phase = (phase + L) % r.channels;
+    const bool edge = at < begin || at > end;
+    edge ? flat_column<K, true, Residual>(r, phase, at) : flat_column<K, false, Residual>(r, phase, at);
+    phase += step;
+    if (phase >= r.channels) phase -= r.channels;
   }
 }
 
@@ -165,7 +183,13 @@ static void depthwise_flat(const TapConv& p, const float* weights, const float* 
       r.residual = static_cast<const float*>(p.residual.data) + n * p.residual.n + begin * p.residual.h + p.out_channel[0];
     r.residual_row = p.residual.h;
     r.bounds = bounds;
-    side == 3 ? flat_rows<3>(r) : side == 5 ? flat_rows<5>(r) : flat_rows<kDepthwiseSide>(r);
+    const auto run = [&](auto k) {
+      constexpr int K = decltype(k)::value;
+      r.residual ? flat_rows<K, true>(r) : flat_rows<K, false>(r);
+    };
+    side == 3   ? run(std::integral_constant<int, 3>())
+    : side == 5 ? run(std::integral_constant<int, 5>())
+                : run(std::integral_constant<int, kDepthwiseSide>());
     if (!bounds.complete)
       for (int64_t i = 0; i < r.rows; ++i) activate_rows(p.act, r.out + i * r.out_row, r.length, 1, r.length);
   });
