@@ -167,13 +167,14 @@ struct WinogradScratch {
   int64_t* pixel_begin;  // per tile of the block, and the end
 };
 
-// One pixel of at least a block of channels: the last vector overlaps the one before; fewer are followed by zeros.
+// The last vector of a pixel overlaps the one before; fewer channels than a block are followed by zeros.
 static inline void stage_pixel(float* to, const float* from, int64_t channels) {
   using V = Simd<float, LP_VECTOR_BYTES>::reg;
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
-  if (channels < kChannelBlock) {
-    for (int64_t c = 0; c < kChannelBlock; c += L)
-      store<V>(to + c, c < channels ? load_part<V>(from + c, std::min(L, channels - c)) : V{});
+  if (channels < kChannelBlock)
+    for (int64_t c = 0; c < kChannelBlock; c += L) store<V>(to + c, V{});
+  if (channels < L) {
+    LP_VECTOR_BYTES == 64 ? store<V>(to, load_part<V>(from, channels)) : void(memcpy(to, from, size_t(channels) * 4));
     return;
   }
   for (int64_t c = 0; c + L <= channels; c += L) store<V>(to + c, load<V>(from + c));
