@@ -38,8 +38,9 @@ struct FlatRows {
   Clamp bounds;
 };
 
-// One vector of all rows; Edge: some lanes' windows end at the sides of the map, or it is the last one.
-template <int K, bool Edge, bool Residual>
+// One vector of all rows, and the same channels of the next N - 1 pixels; Edge: some lanes' windows end at the sides of the
+// map, or it is the last one.
+template <int K, int N, bool Edge, bool Residual>
 static inline __attribute__((always_inline)) void flat_column(const FlatRows& r, int64_t phase, int64_t at) {
   using V = Simd<float, LP_VECTOR_BYTES>::reg;
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
@@ -59,37 +60,46 @@ static inline __attribute__((always_inline)) void flat_column(const FlatRows& r,
   float* out = r.out + at;
   const int64_t in_row = r.in_row, out_row = r.out_row, residual_row = r.residual_row;
   const int64_t before = r.before, below = before + r.inside;  // input rows from the window of the first output on
-  V acc[K];                                                    // of the output rows that the next input row adds to
+  V acc[N][K];                                                 // of the output rows that the next input row adds to
+  const auto start = [&](int i) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[n][i] = shift;
+  };
   const auto add = [&](int used) __attribute__((always_inline)) {
-    acc[used - 1] = shift;
+    start(used - 1);
+#pragma GCC unroll 10
+    for (int j = 0; j < K + N - 1; ++j) {
+      const V v = in_register(Edge ? load_range<V>(in + j * channels, range[j % K]) : load<V>(in + j * channels));
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n)
+        if (j - n >= 0 && j - n < K) {
 #pragma GCC unroll 7
-    for (int k = 0; k < K; ++k) {
-      const V v = in_register(Edge ? load_range<V>(in + k * channels, range[k]) : load<V>(in + k * channels));
-#pragma GCC unroll 7
-      for (int i = 0; i < used; ++i) acc[i] += v * w[(used - 1 - i) * K + k];
+          for (int i = 0; i < used; ++i) acc[n][i] += v * w[(used - 1 - i) * K + j - n];
+        }
     }
   };
   const auto finish = [&]() __attribute__((always_inline)) {
-    V v = acc[0];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      V v = acc[n][0];
 #pragma GCC unroll 6
-    for (int i = 0; i + 1 < K; ++i) acc[i] = acc[i + 1];
-    if constexpr (Residual) {
-      v += Edge ? load_part<V>(residual, lanes) : load<V>(residual);
-      residual += residual_row;
+      for (int i = 0; i + 1 < K; ++i) acc[n][i] = acc[n][i + 1];
+      if constexpr (Residual) v += Edge ? load_part<V>(residual, lanes) : load<V>(residual + n * channels);
+      v = clamp(v, low, high);
+      Edge ? store_part<V>(out, v, lanes) : store<V>(out + n * channels, v);
     }
-    v = clamp(v, low, high);
-    Edge ? store_part<V>(out, v, lanes) : store<V>(out, v);
+    if constexpr (Residual) residual += residual_row;
     out += out_row;
   };
 #pragma GCC unroll 6
   for (int used = 1; used < K; ++used) {
-    acc[used - 1] = shift;
+    start(used - 1);
     if (used > before && used <= below) add(used);
     in += in_row;
   }
   int64_t row = 0;
   for (; row < r.rows && row + K - 1 < before; ++row) {
-    acc[K - 1] = shift;
+    start(K - 1);
     in += in_row;
     finish();
   }
@@ -99,20 +109,46 @@ static inline __attribute__((always_inline)) void flat_column(const FlatRows& r,
     finish();
   }
   for (; row < r.rows; ++row) {
-    acc[K - 1] = shift;
+    start(K - 1);
     finish();
   }
+}
+
+// Whether two pixels go through together: they share half of their loads, which ragged widths split between cache lines, and
+// the weights. A pixel then takes whole vectors, the last of which also computes some channels of the next pixel, as that does
+// again: at most one lane in twelve, and never from a residual that has been overwritten.
+template <int K>
+static bool flat_pairs(const FlatRows& r) {
+  constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
+  const int64_t spare = round_up(r.channels, L) - r.channels;
+  return K == 3 && LP_REGISTERS == 32 && spare > 0 && 12 * spare <= r.channels && r.residual != r.out;
 }
 
 template <int K, bool Residual>
 static __attribute__((noinline)) void flat_rows(const FlatRows& r) {
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
   const int64_t begin = r.pad * r.channels, end = std::min(r.length, r.width + begin - (K - 1) * r.channels) - L;
+  const auto one = [&](int64_t phase, int64_t at) {
+    const bool edge = at < begin || at > end;
+    edge ? flat_column<K, 1, true, Residual>(r, phase, at) : flat_column<K, 1, false, Residual>(r, phase, at);
+  };
+  if (flat_pairs<K>(r)) {
+    for (int64_t pixel = 0; pixel < r.length; pixel += 2 * r.channels)
+      for (int64_t c = 0; c < r.channels; c += L) {
+        const int64_t at = pixel + c, next = at + r.channels;
+        if (at >= begin && next <= end) {
+          flat_column<K, 2, false, Residual>(r, c, at);
+          continue;
+        }
+        one(c, at);
+        if (pixel + r.channels < r.length) one(c, next);
+      }
+    return;
+  }
   int64_t phase = 0;
   const int64_t step = L % r.channels;
   for (int64_t at = 0; at < r.length; at += L) {
-    const bool edge = at < begin || at > end;
-    edge ? flat_column<K, true, Residual>(r, phase, at) : flat_column<K, false, Residual>(r, phase, at);
+    one(phase, at);
     phase += step;
     if (phase >= r.channels) phase -= r.channels;
   }
