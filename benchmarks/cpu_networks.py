@@ -162,7 +162,7 @@ def measure(
         "batch": batch,
         "threads": threads,
         "rounds": rounds,
-        "milliseconds": medians(times),
+        "milliseconds": {v: {r: round(ms, 3) for r, ms in of.items()} for v, of in medians(times).items()},
         "errors": errors,
         "failed": failed,
         **ratios(times),
@@ -173,7 +173,7 @@ def medians(times: Times) -> dict[str, dict[str, float]]:
     """Milliseconds per variant and runtime."""
     result: dict[str, dict[str, float]] = {}
     for (runtime, variant), seconds in times.items():
-        result.setdefault(variant, {})[runtime] = round(statistics.median(seconds) * 1e3, 3)
+        result.setdefault(variant, {})[runtime] = statistics.median(seconds) * 1e3
     return result
 
 
@@ -191,20 +191,18 @@ def ratios(times: Times) -> dict[str, Any]:
         peers = [(over_ours(s, own), r) for (r, v), s in times.items() if v in variants and r != OURS]
         return min(peers, default=None)
 
-    def milliseconds(runtime: str, variants: tuple[str, ...]) -> float:
-        return min(statistics.median(times[runtime, v]) for v in variants if (runtime, v) in times) * 1e3
-
-    result: dict[str, Any] = {"ours_ms": milliseconds(OURS, ("ragged",))}
+    middle = medians(times)
+    result: dict[str, Any] = {"ours_ms": middle["ragged"][OURS]}
     if peer := best(("ragged", "padded")):
-        result |= {"best_peer": peer[1], "best_peer_ms": milliseconds(peer[1], ("ragged", "padded"))}
-        result["ratio"] = peer[0]
+        least = min(of[peer[1]] for v, of in middle.items() if v in ("ragged", "padded") and peer[1] in of)
+        result |= {"best_peer": peer[1], "best_peer_ms": least, "ratio": peer[0]}
     if eager := times.get(("eager", "ragged")):
         result["over_eager"] = over_ours(eager)
     if unpruned := best(("dense",)):
         result["over_unpruned"] = unpruned[0]
     if (OURS, "rounded") in times and (peer := best(("rounded",), "rounded")):
         result |= {
-            "rounded_ms": milliseconds(OURS, ("rounded",)),
+            "rounded_ms": middle["rounded"][OURS],
             "rounded_peer": peer[1],
             "rounded_ratio": peer[0],
         }

@@ -100,8 +100,7 @@ class PruneConfig:
         check_positive("round_to", self.round_to)
         check_positive("min_channels", self.min_channels)
         check_positive("alternate_every_n_steps", self.alternate_every_n_steps, least=0)
-        if self.reconfigure_every_n_epochs != "auto":
-            check_positive("reconfigure_every_n_epochs", self.reconfigure_every_n_epochs, least=0)
+        check_positive("reconfigure_every_n_epochs", self.cut_every, least=0)
         check_number("weight_l1", self.weight_l1)
         check_number("weight_l2", self.weight_l2)
         check_number("snap_threshold", self.snap_threshold)

@@ -67,7 +67,7 @@ class PruningFit:
         self.keeper: WeightKeeper | None = None
         self.skipper: DeadChannelSkipper | None = None
         self.reconfigurer: Reconfigurer | None = None
-        self._auto = config.reconfigure_every_n_epochs == "auto"
+        self._auto = config.cuts_unasked
         self._held: Mask = np.ones(self.graph.num_channels, dtype=bool)
         self.early: dict[str, Tensor] | None = None
         self.distiller: Distiller | None = None

@@ -98,8 +98,10 @@ def main() -> None:
     worst = 0.0
     cases = CASES[:2] + CASES[4:5] if given.quick else CASES
     forms = ("padded", "last", "first")
-    # Products of single warps, then of warp groups, which nothing else than sm_90 and half types takes.
+    # Products of single warps, then of warp groups, which only half types have.
     for groups, case, (dtype, bound), form in itertools.product("01", cases, BOUND.items(), forms):
+        if groups == "1" and dtype == torch.float32:
+            continue
         os.environ["LIGHTNING_PRUNE_CUDA_GROUPS"] = groups
         error = check(case, dtype, given.device, form)
         worst = max(worst, error / bound)

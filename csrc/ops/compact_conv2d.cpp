@@ -52,7 +52,8 @@ int parse_algorithm(const char* op, const std::string& name, const Tensor& weigh
     fail(op, ": algorithm 'strassen' takes float32 weights on the CPU with groups=1 and of shape (O, C, 1, 1); got ",
          dtype_name(weight.scalar_type()), " of shape ", show_shape(weight), weight.is_cuda() ? " on CUDA" : "",
          " with groups=", groups);
-  for (int i = 0; i < 6; ++i) {
+  static_assert(std::size(names) == std::size(kTileCodes), "a name for every code");
+  for (size_t i = 0; i < std::size(names); ++i) {
     if (name != names[i]) continue;
     if (fits && transform_takes(kernel, kTileCodes[i])) return kTileCodes[i];
     fail(op, ": algorithm '", name,

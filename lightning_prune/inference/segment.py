@@ -24,7 +24,7 @@ _VERSION, _NONE, _INPUT, _OUTPUT, _INSIDE = 2, -1, -2, -3, -4
 _CONV, _MAX_POOL, _MEAN = 0, 1, 2
 _ALIGN = 16  # floats
 _SMALL = 14 * 14  # pixels; one image has too few tiles of them to keep a weight busy
-_MOST_MEANT = 64 * 64  # pixels; sums in float32 of more would lose digits
+_MOST_AVERAGED = 64 * 64  # pixels; sums in float32 of more would lose digits
 _FEW = 7 * 7  # pixels; fewer gain nothing from going through several layers row by row
 Shape = tuple[int, int, int]
 
@@ -73,13 +73,11 @@ class CompactSegment(nn.Module):
         Args:
             x: (N, C, H, W).
         """
-        if x.shape[1:] != self.shape or not self._can_run(x):
+        planned = x.shape[1:] == self.shape and self._can_run(x)
+        weights = self._current_weights() if planned else None
+        if weights is None or weights.hooked():
             y: Tensor = self.layers(x)
             return y
-        weights = self._current_weights()
-        if weights is None or weights.hooked():
-            unlike: Tensor = self.layers(x)
-            return unlike
         run = torch.ops.lightning_prune.compact_segment.default
         result: Tensor = run(x, weights.values, weights.places, self._buffers["program"])
         return result
@@ -199,7 +197,7 @@ def _supported(network: fx.GraphModule, node: fx.Node) -> bool:
     if len(inputs) != 1 or not plain(module):
         return False
     if type(module) is nn.AdaptiveAvgPool2d:
-        return _known(node)[1:] == (1, 1) and _known(inputs[0])[1] * _known(inputs[0])[2] <= _MOST_MEANT
+        return _known(node)[1:] == (1, 1) and _known(inputs[0])[1] * _known(inputs[0])[2] <= _MOST_AVERAGED
     if type(module) is not nn.MaxPool2d:
         return False
     return not module.return_indices and not module.ceil_mode and _pair(module.dilation) == (1, 1)
@@ -224,7 +222,7 @@ def _runs(network: fx.GraphModule) -> list[list[fx.Node]]:
             if run and any(n is not source for n in outside):
                 close()
                 outside = list(node.all_input_nodes)
-            arena_only = _is(node, nn.MaxPool2d) or _is(node, nn.AdaptiveAvgPool2d)
+            arena_only = _is(node, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
             if (run or len(outside) == 1) and not (outside and arena_only):
                 source = source if run else outside[0]
                 run.append(node)
@@ -234,9 +232,9 @@ def _runs(network: fx.GraphModule) -> list[list[fx.Node]]:
     return runs
 
 
-def _is(node: fx.Node, kind: type[nn.Module]) -> bool:
+def _is(node: fx.Node, *kinds: type[nn.Module]) -> bool:
     module = node.graph.owning_module
-    return module is not None and isinstance(module.get_submodule(str(node.target)), kind)
+    return module is not None and isinstance(module.get_submodule(str(node.target)), kinds)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -65,8 +65,8 @@ class CompactConv2d(nn.Module):
         device: of the buffers.
         dtype: of the buffers.
         exact: never use Winograd convolution, Strassen's algorithm or, on a GPU, tf32, whose rounding errors differ from those
-            of the plain sum.
-            Otherwise float32 runs in tf32 on a GPU where torch's own convolutions may (``torch.backends.cudnn``).
+            of the plain sum. Otherwise float32 runs in tf32 on a GPU where torch's own convolutions may
+            (``torch.backends.cudnn``).
         backend: ``own`` always runs this package's kernel, ``vendor`` torch's; ``auto`` times both, and oneDNN with
             prepacked weights, on the first input of each shape and takes ours where it is at least 3 % faster than every
             other. Measurements are kept in the user's cache folder. None: what ``LIGHTNING_PRUNE_BACKEND`` says, by

@@ -15,7 +15,7 @@ from tests.ops.conv_cases import error
 LAST = torch.channels_last
 
 
-def run(
+def own_and_exact(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -24,26 +24,13 @@ def run(
     stride: int = 1,
     padding: int = 1,
     activation: str = "relu",
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     packed = ops.pack_conv2d_weight(weight, groups)
     settings_ = (list(weight.shape), stride, padding, 1, groups, activation)
-    return ops.compact_conv2d(x, packed, bias, residual, None, None, *settings_)
-
-
-def exact(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    groups: int,
-    stride: int = 1,
-    padding: int = 1,
-    activation: str = "relu",
-) -> Tensor:
-    y = F.conv2d(
-        x.double(), weight.double(), None if bias is None else bias.double(), stride, padding, 1, groups
-    )
-    return ops.ACTIVATIONS[activation](y if residual is None else y + residual.double())
+    own = ops.compact_conv2d(x, packed, bias, residual, None, None, *settings_)
+    shift = None if bias is None else bias.double()
+    y = F.conv2d(x.double(), weight.double(), shift, stride, padding, 1, groups)
+    return own, ops.ACTIVATIONS[activation](y if residual is None else y + residual.double())
 
 
 def problem(
@@ -88,7 +75,7 @@ def test_every_width(
     size = [batch, channels, *(s + 2 * padding - side + 1 for s in (height, width))]
     residual = torch.randn(size).contiguous(memory_format=LAST) if added else None
     arguments = (x, weight, bias if biased else None, residual, channels, 1, padding, activation)
-    assert error(run(*arguments), exact(*arguments)) < 2e-5
+    assert error(*own_and_exact(*arguments)) < 2e-5
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -101,10 +88,10 @@ def test_bands_of_rows(target: torch.device, shape: tuple[int, int, int, int], t
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        y = run(*arguments, None, shape[1])
+        y, expected = own_and_exact(*arguments, None, shape[1])
     finally:
         torch.set_num_threads(before)
-    assert error(y, exact(*arguments, None, shape[1])) < 2e-5
+    assert error(y, expected) < 2e-5
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5, 15, 16, 19, 31])
@@ -116,7 +103,8 @@ def test_infinite_inputs_reach_only_their_windows(target: torch.device, channels
     for row, column in ((0, 0), (3, 5), (6, 2)):
         x[0, 0, row, column] = torch.inf
     arguments = (x, weight, bias, None, channels, 1, 1, "none")
-    assert torch.equal(run(*arguments).isfinite(), exact(*arguments).isfinite())
+    own, exact = own_and_exact(*arguments)
+    assert torch.equal(own.isfinite(), exact.isfinite())
 
 
 @given(
@@ -149,7 +137,7 @@ def test_odd_channels_two_at_a_time(
     if infinite:
         x[0, seed % channels, 3, seed % width] = torch.inf
     arguments = (x, weight, bias, None, 1, stride, kernel // 2, "none")
-    y, expected = run(*arguments), exact(*arguments)
+    y, expected = own_and_exact(*arguments)
     finite = expected.isfinite()
     # a transform for small maps would spread what is infinite over its tile: these widths have none
     if min(channels, outputs) < 9:
@@ -167,4 +155,4 @@ def test_one_channel(target: torch.device, side: int, stride: int) -> None:
     for batch, height, width in ((1, 1, 1), (2, 9, 17), (3, 16, 33)):
         x, weight, bias = problem(batch, 1, height, width, side, side)
         arguments = (x, weight, bias, None, 1, stride, side // 2, "relu")
-        assert error(run(*arguments), exact(*arguments)) < 2e-5
+        assert error(*own_and_exact(*arguments)) < 2e-5
