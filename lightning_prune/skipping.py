@@ -29,6 +29,7 @@ from .inputs import ExampleInputs, floating_dtype, to_model
 from .live_maps import LiveMaps, live_indices
 from .nn._convert import symmetric_padding
 from .ops.availability import can_run_masked_conv2d, cuda_built, extension_available
+from .ops.map_memory import release_maps
 from .timing import fastest
 from .whole_network import whole_network_calls
 
@@ -208,6 +209,7 @@ class DeadChannelSkipper:
                 handle.remove()
             for name in ("_conv_forward", TAKES_GATES, IN_GATE, LIVE_INPUTS):
                 module.__dict__.pop(name, None)
+        release_maps()
 
 
 class _Exchange(PrivateHook):

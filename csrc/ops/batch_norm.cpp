@@ -1,6 +1,7 @@
 // Binding of masked_batch_norm_act and its backward: validation, allocation, one call into the kernels.
 #include "binding.h"
 #include "launch.h"
+#include "map_memory.h"
 
 namespace lp {
 namespace {
@@ -113,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& x, const std::op
   const char* op = "masked_batch_norm_act";
   if (mean.has_value() != var.has_value()) fail(op, ": give both mean and var, or neither to take them from x");
   NormArguments a = check(op, x, residual, weight, bias, gate, live, !mean, eps, activation, compact_of);
-  Tensor y = new_output(a.x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  Tensor y = new_map(a.x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   const auto moments = [&](const char* name, const std::optional<Tensor>& given) {
     const ScalarType type = vector_type(x);
     return given ? copy_of(vector_argument(op, name, *given, a.channels, x, type)) : new_vector(a, a.channels);
@@ -148,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   const Tensor means = vector_argument(op, "mean", mean, a.channels, x, vector_type(x));
   const Tensor vars = vector_argument(op, "var", var, a.channels, x, vector_type(x));
   const Sizes map{x.size(0), x.size(1), x.size(2), x.size(3)}, none{0, 0, 0, 0};
-  Tensor grad_x = new_output(a.x, need_x ? map : none), grad_residual = new_output(a.x, need_residual ? map : none);
+  Tensor grad_x = new_map(a.x, need_x ? map : none), grad_residual = new_map(a.x, need_residual ? map : none);
   Tensor vectors[3];
   const bool needs[3] = {need_weight, need_bias, need_gate};
   for (int i = 0; i < 3; ++i) vectors[i] = new_vector(a, needs[i] ? a.channels : 0);

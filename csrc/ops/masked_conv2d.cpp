@@ -1,6 +1,7 @@
 // Binding of masked_conv2d and masked_conv2d_backward: validation, allocation, one call into the kernels.
 #include "binding.h"
 #include "launch.h"
+#include "map_memory.h"
 
 namespace lp {
 namespace {
@@ -73,7 +74,7 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const std::optional<
   const Arguments a = check("masked_conv2d", x, weight, bias, gate, live_in, live_out, stride, padding, dilation, groups,
                             activation, algorithm, in_gate, compact_maps);
   const ConvShape& s = a.shape;
-  Tensor y = new_output(x, {s.n, a.y_channels, s.out_h, s.out_w});
+  Tensor y = new_map(x, {s.n, a.y_channels, s.out_h, s.out_w});
   const IndexList out = list_of(a.live_out, s.outputs);
   if (out.count < a.y_channels) torch::stable::zero_(y);
   MaskedForward f{};
@@ -123,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   if (need_bias && !bias) fail(op, ": need_bias is set but bias is None");
   if (need_gate && !gate) fail(op, ": need_gate is set but gate is None");
   if (need_in_gate && !in_gate) fail(op, ": need_in_gate is set but in_gate is None");
-  Tensor grad_x = new_output(x, need_x ? Sizes{s.n, a.x_channels, s.height, s.width} : Sizes{0, 0, 0, 0});
+  Tensor grad_x = new_map(x, need_x ? Sizes{s.n, a.x_channels, s.height, s.width} : Sizes{0, 0, 0, 0});
   // Every pixel is reached by a tap, and every channel of the map is computed.
   const bool reached = s.stride_h <= s.kh && s.stride_w <= s.kw && s.dil_h == 1 && s.dil_w == 1 && s.groups == 1;
   const bool every_channel = !a.live_in || compact_maps;
