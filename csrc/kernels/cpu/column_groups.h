@@ -3,7 +3,7 @@
 // channels: the convolution with stride G and a kernel wider by G - 1, whose weight is the same taps, shifted by one for each
 // column, among zeros. Three quarters of the products are real for two columns of a 3x3 kernel.
 #pragma once
-#include "driver.h"
+#include "winograd_choice.h"
 
 namespace lp {
 
@@ -43,6 +43,8 @@ template <class Run>
 bool forward_by_columns(const MaskedForward& f, const Env& env, Run&& run) {
   const ConvShape& s = f.shape;
   if (f.dtype != DType::f32 || f.live_in.count != s.channels || f.live_out.count != s.outputs || s.channels == 0) return false;
+  if (winograd_tile(f.algorithm, f.dtype, s, s.channels, s.outputs, s.out_h, s.out_w, f.x.c == 1 && f.y.c == 1) > 0)
+    return false;
   const int64_t together = columns_together(s, f.algorithm, f.y, s.outputs, s.out_w);
   if (together == 1) return false;
   MaskedForward p = f;
@@ -101,6 +103,8 @@ template <class Run>
 bool weight_grad_by_columns(const MaskedBackward& f, const View& grad, const Env& env, Run&& run) {
   const ConvShape& s = f.shape;
   if (f.dtype != DType::f32 || f.live_in.count != s.channels || f.live_out.count != s.outputs || s.channels == 0) return false;
+  if (winograd_tile(f.algorithm, f.dtype, s, s.channels, s.outputs, s.out_h, s.out_w, f.x.c == 1 && grad.c == 1) > 0)
+    return false;
   const int64_t together = columns_together(s, f.algorithm, grad, s.outputs, s.out_w);
   if (together == 1) return false;
   MaskedBackward p = f;

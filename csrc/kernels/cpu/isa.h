@@ -37,6 +37,8 @@ namespace LP_ISA {
 #include "planes.h"
 #include "conv.h"
 #include "winograd_transforms.h"
+#include "winograd_lanes.h"
+#include "winograd_lanes_grad.h"
 #include "winograd.h"
 #include "weight_grad.h"
 #include "winograd_training.h"
@@ -51,6 +53,7 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
   static const CpuKernels table = {LP_STRING(LP_ISA),
                                    LP_VECTOR_BYTES / 4,
                                    {LP_ISA::conv<float>, LP_ISA::conv<double>},
+                                   LP_ISA::kMostLaneChannels,
                                    LP_ISA::winograd,
                                    LP_ISA::strassen,
                                    LP_ISA::depthwise,

@@ -3,11 +3,10 @@
 #include "driver.h"
 #include "live_weight.h"
 #include "small_map_cases.h"
+#include "winograd_choice.h"
 
 namespace lp {
 namespace {
-
-constexpr int64_t kLeastWinogradChannels = 12;
 
 template <class T>
 T weight_at(const View& w, int64_t o, int64_t c, int64_t kh, int64_t kw) {
@@ -198,19 +197,6 @@ void pack_panels(TapConv& p, const Env& env, const ConvShape& s, const View& w, 
   p.weight_begin = begin;
 }
 
-// Side of the Winograd tile for a map of this size, 0 for the direct kernel. Transforms pay from a dozen channels and a few
-// tiles up; the 2x2 tile where the 4x4 one would compute as many products for pixels that do not exist.
-int winograd_tile(Algorithm algorithm, DType dtype, const ConvShape& s, int64_t inputs, int64_t outputs, int64_t rows,
-                  int64_t cols) {
-  const bool fits = dtype == DType::f32 && s.groups == 1 && s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 &&
-                    s.dil_h == 1 && s.dil_w == 1 && inputs > 0 && outputs > 0 && s.n * rows * cols > 0;
-  if (!fits || algorithm == Algorithm::direct) return 0;
-  if (algorithm != Algorithm::automatic) return algorithm == Algorithm::winograd2 ? 2 : 4;
-  const int64_t four = (rows + 3) / 4 * ((cols + 3) / 4), two = (rows + 1) / 2 * ((cols + 1) / 2);
-  if (std::min(inputs, outputs) < kLeastWinogradChannels || s.n * two < 16) return 0;
-  return 16 * two <= 36 * four ? 2 : 4;
-}
-
 // As pack_panels, but transformed; one group.
 void pack_transformed(TapConv& p, const Env& env, const ConvShape& s, const View& w, const Taps& taps, const ChannelLists& ins,
                       const ChannelLists& outs, bool flip, const void* gate, const void* in_gate, int tile) {
@@ -251,7 +237,8 @@ void forward(const MaskedForward& f, const Env& env) {
   p.shift = a.shift;
   use_lists(p, places(env, ins, in_place), places(env, outs, out_place));
   if constexpr (std::is_same_v<T, float>) {
-    const int tile = winograd_tile(f.algorithm, f.dtype, f.shape, ins.count(), outs.count(), p.rows, p.cols);
+    const bool dense = f.x.c == 1 && f.y.c == 1 && ins.count() == f.shape.channels && outs.count() == f.shape.outputs;
+    const int tile = winograd_tile(f.algorithm, f.dtype, f.shape, ins.count(), outs.count(), p.rows, p.cols, dense);
     if (tile > 0) {
       pack_transformed(p, env, f.shape, f.weight, taps, ins, outs, false, nullptr, f.in_gate, tile);
       return level().winograd(p, tile, env);
@@ -308,7 +295,8 @@ void input_grad(const MaskedBackward& f, const View& grad, const Lists& live, bo
       if (taps.count == 0) continue;  // grad_x is already zero
       use_lists(p, live.grad_y, live.x);
       if constexpr (std::is_same_v<T, float>) {
-        const int tile = winograd_tile(f.algorithm, f.dtype, s, ins.count(), outs.count(), p.rows, p.cols);
+        const bool dense = grad.c == 1 && gx.c == 1 && ins.count() == s.channels && outs.count() == s.outputs;
+        const int tile = winograd_tile(f.algorithm, f.dtype, s, ins.count(), outs.count(), p.rows, p.cols, dense);
         if (tile > 0 && !depthwise) {
           pack_transformed(p, env, s, f.weight, taps, ins, outs, true, f.gate, f.in_gate, tile);
           level().winograd(p, tile, env);
@@ -443,9 +431,10 @@ void weight_grad(const MaskedBackward& f, const View& grad, const Lists& live, b
   w.wants_sums = f.grad_bias || f.grad_gate;
   w.sum_begin = sums;
   w.partial_size = at;
-  const int tile = std::is_same_v<T, float>
-                       ? winograd_tile(f.algorithm, f.dtype, f.shape, ins.count(), outs.count(), f.shape.out_h, f.shape.out_w)
-                       : 0;
+  const bool dense = f.x.c == 1 && grad.c == 1 && ins.count() == f.shape.channels && outs.count() == f.shape.outputs;
+  const int tile = std::is_same_v<T, float> ? winograd_tile(f.algorithm, f.dtype, f.shape, ins.count(), outs.count(),
+                                                            f.shape.out_h, f.shape.out_w, dense)
+                                            : 0;
   if (tile > 0 && !depthwise) {
     w.parts = 1;
     w.partial = scratch<T>(env, at);

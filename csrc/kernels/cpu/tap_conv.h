@@ -130,6 +130,7 @@ struct CpuKernels {
   const char* name;
   int64_t lanes;                                           // floats of a vector
   void (*conv[2])(const TapConv&, const Env&);             // float32, float64
+  int64_t lane_channels;                                   // most channels of a convolution with Winograd tiles in lanes
   void (*winograd)(const TapConv&, int tile, const Env&);  // float32, one group; see kTileCodes
   // float32, 1x1, one group, weight direct and transformed; false: not a case for it
   bool (*strassen)(const TapConv&, const Env&);

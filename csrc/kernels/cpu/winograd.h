@@ -441,6 +441,9 @@ static void winograd_stem(const TapConv& p, const Env& env) {
 }
 
 static void winograd(const TapConv& p, int tile, const Env& env) {
+#if defined(__AVX512F__)
+  if (lanes_fit(p, p.out)) return tile == 2 ? winograd_lanes<2>(p, env) : winograd_lanes<4>(p, env);
+#endif
   if (p.step_h == 2) {
     if (p.taps == 49) return unites_phases(7, p.in_begin[1]) ? winograd_stem(p, env) : winograd_by_tiles<3, 6, 2>(p, env);
     if (p.taps == 25) return winograd_by_tiles<4, 6, 2>(p, env);

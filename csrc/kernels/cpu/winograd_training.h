@@ -262,6 +262,34 @@ static int64_t tiles_per_pass(int64_t points, int64_t channels, int64_t outputs,
   return (tiles + passes - 1) / passes;
 }
 
+// Sums of `panels` of 16 outputs at the points back to nine taps, in the layout of the direct kernel's partial sums.
+template <int M>
+static void points_to_taps(const float* sums, int64_t sums_point, int64_t sums_panel, int64_t panels, int64_t channels,
+                           float* partial, const Env& env) {
+  constexpr int N = M + 2;
+  run_tasks(env, panels, [&](int, int64_t panel) {
+    using V = Simd<float, LP_VECTOR_BYTES>::reg;
+    constexpr int L = Simd<float, LP_VECTOR_BYTES>::lanes;
+    float* const dst = partial + panel * kPanel * channels * 9;
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t v = 0; v < kPanel; v += L) {
+        const float* from = sums + panel * sums_panel + c * kPanel + v;
+        V t[3][N], in[N], out[3];
+#pragma GCC unroll 6
+        for (int j = 0; j < N; ++j) {
+#pragma GCC unroll 6
+          for (int i = 0; i < N; ++i) in[i] = load<V>(from + (i * N + j) * sums_point);
+          WinogradAdjoint<M>::weight_grad(in, out);
+          for (int i = 0; i < 3; ++i) t[i][j] = out[i];
+        }
+        for (int i = 0; i < 3; ++i) {
+          WinogradAdjoint<M>::weight_grad(t[i], out);
+          for (int j = 0; j < 3; ++j) store<V>(dst + ((i * 3 + j) * channels + c) * kPanel + v, out[j]);
+        }
+      }
+  });
+}
+
 template <int M>
 static void winograd_weight_grad_tiles(const TapWeightGrad& w, const Env& env) {
   constexpr int N = M + 2, points = N * N;
@@ -276,6 +304,15 @@ static void winograd_weight_grad_tiles(const TapWeightGrad& w, const Env& env) {
                 partial + w.sum_begin[0] + panel * kPanel);
     });
   if (tiles == 0 || channels == 0) return;
+#if defined(__AVX512F__)
+  if (lanes_fit(p, w.grad)) {
+    const int64_t panel = channels * kPanel, point = panels * panel;
+    float* const sums = static_cast<float*>(env.alloc(env.owner, size_t(points * point) * 4));
+    memset(sums, 0, size_t(points * point) * 4);  // of outputs that are not there too
+    lane_grad_sums<M>(w, env, sums, point, panel);
+    return points_to_taps<M>(sums, point, panel, panels, channels, partial, env);
+  }
+#endif
 
   // Outputs in portions, so that the sums of a portion do not outgrow the workspace.
   const int64_t limit = std::max<int64_t>(2, (int64_t(12) << 20) / (points * rows * kPanel * 4) / 2 * 2);
@@ -322,28 +359,7 @@ static void winograd_weight_grad_tiles(const TapWeightGrad& w, const Env& env) {
                             sums + point * sums_point, sums_panel, begin > 0);
       });
     }
-    // Back to nine taps, in the layout of the direct kernel's partial sums.
-    run_tasks(env, count, [&](int, int64_t panel) {
-      using V = Simd<float, LP_VECTOR_BYTES>::reg;
-      constexpr int L = Simd<float, LP_VECTOR_BYTES>::lanes;
-      float* const dst = partial + (first + panel) * kPanel * channels * 9;
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t v = 0; v < kPanel; v += L) {
-          const float* from = sums + panel * sums_panel + c * kPanel + v;
-          V t[3][N], in[N], out[3];
-#pragma GCC unroll 6
-          for (int j = 0; j < N; ++j) {
-#pragma GCC unroll 6
-            for (int i = 0; i < N; ++i) in[i] = load<V>(from + (i * N + j) * sums_point);
-            WinogradAdjoint<M>::weight_grad(in, out);
-            for (int i = 0; i < 3; ++i) t[i][j] = out[i];
-          }
-          for (int i = 0; i < 3; ++i) {
-            WinogradAdjoint<M>::weight_grad(t[i], out);
-            for (int j = 0; j < 3; ++j) store<V>(dst + ((i * 3 + j) * channels + c) * kPanel + v, out[j]);
-          }
-        }
-    });
+    points_to_taps<M>(sums, sums_point, sums_panel, count, channels, partial + first * kPanel * channels * 9, env);
   }
 }
 
