@@ -28,6 +28,8 @@ class Choice(NamedTuple):
 
 
 ALL_PLAIN = Choice(PLAIN, PLAIN, PLAIN)
+#: elements of a weight whose live part the kernel copies anew in every call, which takes less time than another call
+_SMALL = 40_000
 
 
 class ReusedMemory:
@@ -262,7 +264,8 @@ class SkippedConv(torch.autograd.Function):
     ) -> Tensor:
         """Shapes as in ``torch.nn.functional.conv2d``; ``gate`` of shape [inputs] multiplies the inputs."""
         ctx.call, ctx.own_call, ctx.choice = call, call, choice
-        if not call.compact or x.device.type != "cpu":
+        small = call.groups == 1 and weight.numel() <= _SMALL and PLAIN not in choice
+        if not call.compact or x.device.type != "cpu" or small:
             ctx.save_for_backward(x, weight, bias, gate)
             return forward(x, weight, bias, gate, call, choice.forward)
         own, own_bias, own_gate, ctx.own_call = narrowed(weight, bias, gate, call)

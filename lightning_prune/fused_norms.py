@@ -20,6 +20,7 @@ from .nn._convert import activation_name
 from .norm_ways import backward as _backward
 from .norm_ways import forward as _forward
 from .norm_ways import measure as _measure
+from .norm_ways import record, running_fits
 from .ops import ACTIVATIONS
 from .ops.availability import can_run_masked_batch_norm_act, extension_available
 from .ops.batch_norm import update_running
@@ -248,6 +249,10 @@ class _NormCall(ExchangedCall):
         """Running statistics as in ``nn.BatchNorm2d.forward``."""
         norm = self.module
         if not norm.track_running_stats:
+            return
+        running = norm.running_mean, norm.running_var
+        if norm.momentum is not None and running_fits(*running, norm.num_batches_tracked, mean):
+            record(*running, norm.num_batches_tracked, mean, var, count, norm.momentum)
             return
         momentum = 0.0 if norm.momentum is None else norm.momentum
         if norm.num_batches_tracked is not None:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .channels.groups import ChannelGraph, Mask
 from .gates.attach import LIVE_INPUTS, GateHooks, consumer_channels
-from .hooks import HOOKS, SLOT, ExchangedCall, Marker, PrivateHook, is_private, only_plain_calls
+from .hooks import SLOT, ExchangedCall, Marker, PrivateHook, is_private, only_plain_calls
 
 #: live share of the channels from which on full maps, whose rows are aligned, are as fast
 MOST_LIVE = 0.9
@@ -209,10 +209,11 @@ def _holds(module: nn.Module, others: set[nn.Module]) -> bool:
 
 def _hooked(module: nn.Module) -> bool:
     """Whether somebody else listens to a module or has changed its call."""
-    if "forward" in module.__dict__:
+    own = module.__dict__
+    if "forward" in own or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
-    for name in HOOKS:
-        for hook in getattr(module, name).values():
+    for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+        for hook in hooks.values():
             if not is_private(hook) and not isinstance(getattr(hook, "__self__", None), GateHooks):
                 return True
     return False

@@ -53,6 +53,36 @@ def backward(
     return grad_x, grad_weight, grad_bias, grad_residual
 
 
+def running_fits(
+    running_mean: Tensor | None, running_var: Tensor | None, tracked: Tensor | None, mean: Tensor
+) -> bool:
+    """Whether :func:`record` takes these statistics: all on the CPU, of one dtype, in memory without gaps."""
+    if running_mean is None or running_var is None or mean.is_cuda:
+        return False
+    if tracked is not None and (tracked.is_cuda or tracked.dtype != torch.int64):
+        return False
+    both = (running_mean, running_var)
+    return all(t.dtype == mean.dtype and not t.is_cuda and t.is_contiguous() for t in both)
+
+
+def record(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """``update_running``, and one more batch in ``tracked``, at once."""
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.ops.lightning_prune.record_moments.default(
+            running_mean, running_var, tracked, mean, var, count, momentum
+        )
+    # What saved them for its backward pass has to see that they changed.
+    torch.autograd.graph.increment_version([t for t in (running_mean, running_var, tracked) if t is not None])
+
+
 def measure(
     x: Tensor,
     weight: Tensor | None,

@@ -1,4 +1,6 @@
 // Binding of masked_batch_norm_act and its backward: validation, allocation, one call into the kernels.
+#include <algorithm>
+
 #include "binding.h"
 #include "launch.h"
 #include "map_memory.h"
@@ -172,9 +174,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   return {grad_x, grad_residual, vectors[0], vectors[1], vectors[2]};
 }
 
+template <class T>
+void move_statistics(const Tensor& running, const Tensor& of_batch, double scale, double momentum) {
+  T* const to = static_cast<T*>(running.data_ptr());
+  const T* const from = static_cast<const T*>(of_batch.data_ptr());
+  const T share = T(momentum), factor = T(scale);
+  for (int64_t i = 0; i < running.size(0); ++i) {
+    const T value = from[i] * factor;  // as torch.lerp has it
+    to[i] = share < T(0.5) ? to[i] + share * (value - to[i]) : value - (value - to[i]) * (T(1) - share);
+  }
+}
+
+void record_moments(const Tensor& running_mean, const Tensor& running_var, const std::optional<Tensor>& tracked,
+                    const Tensor& mean, const Tensor& var, int64_t count, double momentum) {
+  const char* op = "record_moments";
+  const int64_t channels = running_mean.dim() == 1 ? running_mean.size(0) : 0;
+  const std::pair<const char*, const Tensor*> all[] = {
+      {"running_mean", &running_mean}, {"running_var", &running_var}, {"mean", &mean}, {"var", &var}};
+  for (const auto& [name, t] : all)
+    if (t->is_cuda() || t->dim() != 1 || t->size(0) != channels || t->scalar_type() != running_mean.scalar_type() ||
+        !t->is_contiguous())
+      fail(op, ": ", name, " must be contiguous on the CPU, ", dtype_name(running_mean.scalar_type()), " of shape (", channels,
+           "); got ", dtype_name(t->scalar_type()), " of shape ", show_shape(*t));
+  if (tracked && (tracked->is_cuda() || tracked->scalar_type() != ScalarType::Long || tracked->numel() != 1))
+    fail(op, ": tracked must be one int64 on the CPU; got ", dtype_name(tracked->scalar_type()), " of shape ",
+         show_shape(*tracked));
+  const double unbiased = double(count) / double(std::max<int64_t>(count - 1, 1));
+  switch (running_mean.scalar_type()) {
+    case ScalarType::Float:
+      move_statistics<float>(running_mean, mean, 1, momentum);
+      move_statistics<float>(running_var, var, unbiased, momentum);
+      break;
+    case ScalarType::Double:
+      move_statistics<double>(running_mean, mean, 1, momentum);
+      move_statistics<double>(running_var, var, unbiased, momentum);
+      break;
+    default:
+      fail(op, ": statistics must be float32 or float64; got ", dtype_name(running_mean.scalar_type()));
+  }
+  if (tracked) ++*static_cast<int64_t*>(tracked->data_ptr());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
+  m.def(
+      "record_moments(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? tracked, Tensor mean, Tensor var, "
+      "int count, float momentum) -> ()");
   m.def(
       "masked_batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gate, Tensor? mean, "
       "Tensor? var, Tensor? live, float eps, str activation, int compact_of=0) -> (Tensor, Tensor, Tensor)");
@@ -185,6 +231,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) {
+  m.impl("record_moments", TORCH_BOX(&record_moments));
   m.impl("masked_batch_norm_act", TORCH_BOX(&batch_norm_act));
   m.impl("masked_batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
 }

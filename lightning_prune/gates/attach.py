@@ -45,6 +45,11 @@ class Site:
         object.__setattr__(self, "_first", first if run else -1)
         object.__setattr__(self, "_all", bool((self.index >= 0).all()))
 
+    @property
+    def run(self) -> tuple[int, int] | None:
+        """First channel and number of channels where the positions are a run of channels, else None."""
+        return (self._first, len(self.index)) if self._first >= 0 else None
+
     def scale(self, multipliers: Tensor, ndim: int) -> Tensor:
         """Multipliers laid out along ``dim``, ones where no channel is gated. Broadcasts against the weight."""
         shape = [1] * ndim
@@ -119,6 +124,50 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
+class _Runs:
+    """Runs of channels of one tensor, cut out of it at once: in the backward pass their gradients become one again in one step.
+
+    Args:
+        runs: first channel and number of channels.
+        size: of the tensor.
+    """
+
+    def __init__(self, runs: set[tuple[int, int]], size: int) -> None:
+        self._place: dict[tuple[int, int], int] = {}
+        self._sizes: list[int] = []
+        self._of: tuple[Any, ...] = ()
+        self._pieces: tuple[Tensor, ...] = ()
+        end = 0
+        for first, count in sorted(runs):
+            if first < end:  # runs that share channels are cut out one by one
+                continue
+            if first > end:
+                self._sizes.append(first - end)
+            self._place[first, count] = len(self._sizes)
+            self._sizes.append(count)
+            end = first + count
+        if end < size:
+            self._sizes.append(size - end)
+
+    def piece(self, whole: Tensor, run: tuple[int, int] | None) -> Tensor | None:
+        """The run of ``whole``, shape [count]; None if it has to be cut out by itself."""
+        place = None if run is None else self._place.get(run)
+        # What is computed anew for each module is not worth it; inference tensors have no version.
+        if place is None or not whole.is_leaf or whole.dim() != 1 or whole.is_inference():
+            return None
+        of = (whole, whole._version, torch.is_grad_enabled())
+        if not self._of or self._of[0] is not whole or self._of[1:] != of[1:]:
+            self._of, self._pieces = of, whole.split(self._sizes)
+        return self._pieces[place]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_of": (), "_pieces": ()}
+
+    def forget(self) -> None:
+        """Hold nothing of a tensor any more."""
+        self._of = self._pieces = ()
+
+
 class GateHooks:
     """Applies ``multipliers(training)`` (a tensor of shape [num_channels]) to every consumer while attached."""
 
@@ -140,6 +189,8 @@ class GateHooks:
                 for attribute, parameter in module._parameters.items():
                     if parameter is not None and parameter is parameters.get(site.tensor):
                         self._sites[module].append((attribute, site))
+        sites = (site for found in self._sites.values() for _, site in found)
+        self._runs = _Runs({site.run for site in sites if site.run is not None}, graph.num_channels)
 
     @property
     def attached(self) -> bool:
@@ -169,6 +220,7 @@ class GateHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._runs.forget()
         for module in self._sites:
             self._restore(module)
 
@@ -187,14 +239,17 @@ class GateHooks:
         for attribute, site in self._sites[module]:
             weight = module.__dict__.get(attribute, module._parameters[attribute])
             assert weight is not None
-            scale = site.scale(multipliers, weight.dim()).to(weight.dtype)
             if (
                 attribute == "weight"
                 and module.__dict__.get(TAKES_GATES) is not None
                 and not torch.compiler.is_compiling()
             ):
-                module.__dict__[IN_GATE] = scale.flatten()
+                gate = self._runs.piece(multipliers, site.run)
+                if gate is None:
+                    gate = site.scale(multipliers, weight.dim()).flatten()
+                module.__dict__[IN_GATE] = gate.to(weight.dtype)
             else:
+                scale = site.scale(multipliers, weight.dim()).to(weight.dtype)
                 module.__dict__[attribute] = weight * scale
         return None
 

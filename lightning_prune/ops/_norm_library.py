@@ -90,6 +90,7 @@ def register() -> None:
     library = torch.library
     library.register_fake(NAME, _fake)
     library.register_fake(f"{NAME}_backward", _backward_fake)
+    library.register_fake("lightning_prune::record_moments", lambda *arguments: None)
     library.register_autograd(NAME, _backward, setup_context=_setup_context)
     library.register_autograd(f"{NAME}_backward", _no_second_order)
     # The CUDA kernels take half maps with float32 parameters as they are.

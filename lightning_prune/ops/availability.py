@@ -21,6 +21,9 @@ class CanRun(NamedTuple):
         return self.ok
 
 
+_YES = CanRun(True)
+
+
 def extension_available() -> bool:
     """Whether the compiled library is loaded."""
     return _library.LOADED
@@ -63,7 +66,7 @@ def _can_run(op: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> CanRun:
     if x.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return CanRun(False, f"{op} takes {names}; x is {str(x.dtype).removeprefix('torch.')}")
-    return CanRun(True)
+    return _YES
 
 
 def can_run_masked_conv2d(x: Tensor, weight: Tensor) -> CanRun:

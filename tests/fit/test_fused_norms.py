@@ -231,3 +231,26 @@ def test_second_derivatives_of_a_norm_that_runs_twice(calls: list[str]) -> None:
         found.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)])
     torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-8)
     assert len(calls) == 2
+
+
+def test_statistics_that_somebody_saved_are_not_changed_unseen(calls: list[str]) -> None:
+    model, _, _, x = pair()
+    norm = model.second[3]
+    y = norm.eval()(
+        x.repeat(1, 2, 1, 1).requires_grad_()
+    )  # keeps the running statistics for its backward pass
+    before = norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()
+    model.train()(x)
+    assert not any(torch.equal(a, b) for a, b in zip(before, norm._buffers.values(), strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "shape", "tracked"])
+def test_the_operator_refuses_statistics_that_do_not_fit(wrong: str) -> None:
+    vectors = [torch.ones(3) for _ in range(4)]
+    tracked = torch.tensor(0.0 if wrong == "tracked" else 0)
+    if wrong != "tracked":
+        vectors[1] = torch.ones(3, dtype=torch.float64) if wrong == "dtype" else torch.ones(4)
+    with pytest.raises(RuntimeError, match="must be"):
+        torch.ops.lightning_prune.record_moments(*vectors[:2], tracked, *vectors[2:], 8, 0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lightning_prune import CostModel, trace_channels
 from lightning_prune.budget import RAMPS, PenaltyController, ramped_target
 from lightning_prune.gates import GateHooks, L1Gates
+from lightning_prune.gates.attach import _Runs
 from lightning_prune.weights import WeightKeeper
 from tests.fit.toys import ToyNet, toy_data
 
@@ -81,6 +83,31 @@ def test_folding_is_exact() -> None:
     hooks.detach()
     WeightKeeper(net, graph).fold(gates)
     torch.testing.assert_close(net(x), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_runs_of_gates_are_those_of_the_present_step() -> None:
+    runs = _Runs({(1, 3), (4, 2), (5, 3)}, 9)
+    gates = torch.randn(9, dtype=torch.float64).requires_grad_()
+    for _ in range(3):  # several backward passes for one value of the gates, then another value
+        for _ in range(2):
+            with torch.no_grad():  # what validation reads in between has no gradient
+                runs.piece(gates, (4, 2))
+            pieces = runs.piece(gates, (1, 3)), runs.piece(gates, (4, 2))
+            assert pieces[0] is not None
+            assert pieces[1] is not None
+            assert torch.equal(torch.cat(pieces), gates[1:6])
+            copied = copy.deepcopy(runs)  # as hooks are copied with their module
+            assert copied.piece(gates, (1, 3)) is not None
+            gates.grad = None
+            (pieces[0].square().sum() + 3 * pieces[1].sum() + pieces[1].prod()).backward()
+            expected = torch.zeros(9, dtype=torch.float64)
+            expected[1:4], expected[4:6] = 2 * gates.detach()[1:4], 3 + gates.detach()[4:6].flip(0)
+            assert gates.grad is not None
+            torch.testing.assert_close(gates.grad, expected)
+        with torch.no_grad():
+            gates.sub_(0.1 * gates.grad)
+    assert runs.piece(gates, (5, 3)) is None  # shares channels with another run
+    assert runs.piece(gates * 1, (1, 3)) is None
 
 
 def test_a_forward_that_raises_leaves_no_gated_weight() -> None:

@@ -37,8 +37,8 @@ def test_memory_is_given_out_again_when_nobody_holds_it() -> None:
 def test_gradients_of_earlier_steps_stay(keep: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(1),
-        nn.Linear(32 * 14 * 14, 5),
+        nn.Conv2d(3, 80, 3, padding=1), nn.BatchNorm2d(80), nn.ReLU(), nn.Conv2d(80, 80, 3), nn.Flatten(1),
+        nn.Linear(80 * 14 * 14, 5),
     )  # fmt: skip
     x = torch.randn(4, 3, 16, 16)
     graph = trace_channels(model, x[:1])
