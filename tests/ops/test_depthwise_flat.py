@@ -79,7 +79,20 @@ def test_every_width(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("shape", [(1, 31, 112, 112), (8, 32, 56, 56), (3, 5, 17, 9), (1, 1, 40, 33)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 31, 112, 112),
+        (3, 5, 17, 9),
+        (1, 1, 40, 33),
+        (2, 96, 28, 28),
+        (2, 55, 28, 28),  # rows that meet in few cache sets, by themselves and together with the outputs
+        (1, 61, 28, 28),
+        (4, 64, 16, 16),
+        (1, 512, 14, 14),  # not even the fewest rows fit
+        (2, 128, 29, 32),
+    ],
+)
 def test_bands_of_rows(target: torch.device, shape: tuple[int, int, int, int], threads: int) -> None:
     """Maps whose rows do not stay in the L1 cache together, and rows that threads share."""
     if target.type == "cuda":
@@ -92,6 +105,7 @@ def test_bands_of_rows(target: torch.device, shape: tuple[int, int, int, int], t
     finally:
         torch.set_num_threads(before)
     assert error(y, expected) < 2e-5
+    assert torch.equal(y, own_and_exact(*arguments, None, shape[1])[0]), "the bands decided about a sum"
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5, 15, 16, 19, 31])

@@ -253,8 +253,8 @@ static bool depthwise(const TapConv& p, const Env& env) {
   const int64_t channels = p.x_room && p.out_room ? round_up(exact, 8) : exact;
   const DepthwiseWeights w =
       depthwise_weights(env, static_cast<const float*>(p.weight), static_cast<const float*>(p.shift), p.taps, exact, channels);
-  if (const int64_t bands = flat_bands(p, channels, env.threads)) {
-    depthwise_flat(p, w.weight, w.shift, channels, bands, env);
+  if (const FlatPlan plan = flat_plan(p, channels, env.threads); plan.bands > 0) {
+    depthwise_flat(p, w.weight, w.shift, channels, plan, env);
     return true;
   }
   const int64_t row_floats = (p.width - 1) * p.x.w + channels;

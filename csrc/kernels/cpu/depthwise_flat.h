@@ -5,6 +5,8 @@
 // Included once per instruction set (see simd.h).
 
 constexpr int kDepthwiseSide = 7;  // of the largest kernel
+// Floats from what a column reads to what is fetched for one of the next: going down the rows, the hardware cannot guess them.
+constexpr int64_t kFlatAhead = 2 * kPanel;
 
 // Lanes [from, to) of a vector, zero elsewhere; nothing else is touched.
 struct LaneRange {
@@ -32,6 +34,7 @@ struct FlatRows {
   int64_t channels, pad, width, length;  // columns of padding; floats of an input and of an output row
   const float *weight, *shift;           // [tap][weight_step], and the shift alike: by place in the row
   int64_t weight_step;
+  bool pairs;
   const float* residual;
   float* out;
   int64_t residual_row, out_row;
@@ -66,7 +69,13 @@ static inline __attribute__((always_inline)) void flat_column(const FlatRows& r,
     for (int n = 0; n < N; ++n) acc[n][i] = shift;
   };
   const auto add = [&](int used) __attribute__((always_inline)) {
+    if constexpr (!Edge) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) __builtin_prefetch(in + (K - 1 + n) * channels + kFlatAhead);
+    }
     start(used - 1);
+    // The products of a row are added up by themselves: those of 3x3 then wait for no sum of the rows before.
+    V sum[N][K];
 #pragma GCC unroll 10
     for (int j = 0; j < K + N - 1; ++j) {
       const V v = in_register(Edge ? load_range<V>(in + j * channels, range[j % K]) : load<V>(in + j * channels));
@@ -74,8 +83,20 @@ static inline __attribute__((always_inline)) void flat_column(const FlatRows& r,
       for (int n = 0; n < N; ++n)
         if (j - n >= 0 && j - n < K) {
 #pragma GCC unroll 7
-          for (int i = 0; i < used; ++i) acc[n][i] += v * w[(used - 1 - i) * K + j - n];
+          for (int i = 0; i < used; ++i) {
+            const V product = v * w[(used - 1 - i) * K + j - n];
+            if constexpr (K == 3)
+              sum[n][i] = j == n ? product : sum[n][i] + product;
+            else
+              acc[n][i] += product;
+          }
         }
+    }
+    if constexpr (K == 3) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n)
+#pragma GCC unroll 7
+        for (int i = 0; i < used; ++i) acc[n][i] += sum[n][i];
     }
   };
   const auto finish = [&]() __attribute__((always_inline)) {
@@ -114,16 +135,6 @@ static inline __attribute__((always_inline)) void flat_column(const FlatRows& r,
   }
 }
 
-// Whether two pixels go through together: they share half of their loads, which ragged widths split between cache lines, and
-// the weights. A pixel then takes whole vectors, the last of which also computes some channels of the next pixel, as that does
-// again: at most one lane in twelve, and never from a residual that has been overwritten.
-template <int K>
-static bool flat_pairs(const FlatRows& r) {
-  constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
-  const int64_t spare = round_up(r.channels, L) - r.channels;
-  return K == 3 && LP_REGISTERS == 32 && spare > 0 && 12 * spare <= r.channels && r.residual != r.out;
-}
-
 template <int K, bool Residual>
 static __attribute__((noinline)) void flat_rows(const FlatRows& r) {
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
@@ -132,17 +143,13 @@ static __attribute__((noinline)) void flat_rows(const FlatRows& r) {
     const bool edge = at < begin || at > end;
     edge ? flat_column<K, 1, true, Residual>(r, phase, at) : flat_column<K, 1, false, Residual>(r, phase, at);
   };
-  if (flat_pairs<K>(r)) {
-    for (int64_t pixel = 0; pixel < r.length; pixel += 2 * r.channels)
-      for (int64_t c = 0; c < r.channels; c += L) {
-        const int64_t at = pixel + c, next = at + r.channels;
-        if (at >= begin && next <= end) {
-          flat_column<K, 2, false, Residual>(r, c, at);
-          continue;
-        }
-        one(c, at);
-        if (pixel + r.channels < r.length) one(c, next);
-      }
+  if (K == 3 && LP_REGISTERS == 32 && r.pairs) {
+    const int64_t last = round_up(r.channels, L) - L;  // the last vector of a pixel begins here
+    for (int64_t pixel = 0, taken = 1; pixel < r.length; pixel += taken * r.channels) {
+      taken = pixel >= begin && pixel + r.channels + last <= end ? 2 : 1;
+      for (int64_t c = 0; c < r.channels; c += L)
+        taken == 2 ? flat_column<3, 2, false, Residual>(r, c, pixel + c) : one(c, pixel + c);
+    }
     return;
   }
   int64_t phase = 0;
@@ -154,35 +161,78 @@ static __attribute__((noinline)) void flat_rows(const FlatRows& r) {
   }
 }
 
-// Rows that go through together: the columns of a window, of all rows, stay in the L1 cache until the next tap reads them. At a
-// distance of many times 64 bytes that is a power of two, rows share cache sets. Counted in lines of 64 bytes.
-static int64_t flat_rows_in_cache(int64_t channels, int64_t row_floats, int64_t side) {
-  constexpr int64_t sets = 64, ways = 8;
-  const int64_t distance = (row_floats + kPanel / 2) / kPanel % sets, window = (side - 1) * channels / kPanel + 2;
-  int64_t shared = sets;  // their greatest common divisor
-  while (distance % shared != 0) shared /= 2;
-  return std::min(sets, sets / shared * window) * ways / window;
+// Lines of 64 bytes in the L1 cache, by sets and ways. The windows of all input rows may take a little more than half of them,
+// the rest is for the outputs and what is fetched ahead; more with narrow vectors, more columns of which would begin anew.
+constexpr int64_t kL1Sets = 64, kL1Ways = 12, kFlatLines = LP_VECTOR_BYTES == 64 ? 400 : 450;
+
+// Whether the windows of `rows` output rows stay in the L1 cache until the next columns read them, and the outputs until the
+// next columns fill their lines: at most one line in fourteen may find no place in its set.
+static bool flat_fits(const TapConv& p, int64_t channels, int64_t side, int64_t rows, int pixels) {
+  const int64_t lines = (side + pixels - 2) * channels / kPanel + 2, all = (rows + side - 1) * lines;
+  if (all > kFlatLines) return false;
+  // They can only be short of places where few rows lie close to a multiple of the sets' size, so that many share their sets.
+  bool meet = false;
+  for (int64_t few = 1; few <= 2 * (rows + side - 1) / kL1Ways; ++few) {
+    const int64_t beyond = few * p.x.h * 4 % (kL1Sets * 64);
+    meet |= std::min(beyond, kL1Sets * 64 - beyond) * kL1Ways < 2 * lines * 64;
+  }
+  if (!meet) return true;
+  int change[2 * kL1Sets] = {};  // of the lines per set, from each set to the next, twice around
+  const auto count = [&](uintptr_t at, int64_t row_floats, int64_t many, int64_t reach) {
+    for (int64_t row = 0; row < many; ++row, at += uintptr_t(row_floats) * 4) {
+      const int64_t set = int64_t(at / 64 % kL1Sets);
+      ++change[set];
+      --change[set + std::min(reach, kL1Sets)];
+    }
+  };
+  count(reinterpret_cast<uintptr_t>(p.x.data), p.x.h, rows + side - 1, lines + 2);
+  for (int n = 0; n < pixels; ++n)
+    count(reinterpret_cast<uintptr_t>(p.out.data) + uintptr_t(n * channels) * 4, p.out.h, rows, 2);
+  int64_t once = 0, again = 0, without = 0;
+  for (int64_t set = 0; set < kL1Sets; ++set) again += change[set];
+  for (int64_t set = 0; set < kL1Sets; ++set) {
+    once += change[set];
+    again += change[kL1Sets + set];
+    without += std::max<int64_t>(0, once + again - kL1Ways);
+  }
+  return without * 14 <= all;
 }
 
-// Bands have at least so many rows. Whole vectors per pixel suit the other kernel: up to so many bytes of both maps it wins
-// against bands. And maps that come from memory are read row by row.
-constexpr int64_t kFlatRows = 12, kFlatBands = int64_t(4) << 20, kFlatMost = int64_t(16) << 20;
+// How the rows of an image go through: in bands, 0 of them where this is not a case for it; and two pixels at a time, which
+// share half of their loads, that ragged widths split between cache lines, and the weights. A pixel then takes whole vectors,
+// the last of which also computes some channels of the next pixel, as that does again: at most one lane in twelve, and never
+// from a residual that has been overwritten.
+struct FlatPlan {
+  int64_t bands;
+  bool pairs;
+};
 
-// Bands of rows for each image; 0: not a case for it.
-static int64_t flat_bands(const TapConv& p, int64_t channels, int threads) {
+// Bands have at least so many times the rows of a window, as each column of one begins anew, and pairs so many channels. Maps
+// that come from memory, of so many bytes together, are read row by row, as are those of 5x5 whose weights fill whole vectors.
+constexpr int64_t kFlatRows = 4, kFlatPairs = 56, kFlatMost = int64_t(24) << 20;
+
+static FlatPlan flat_plan(const TapConv& p, int64_t channels, int threads) {
   const bool gapless = p.x.w == channels && p.out.w == channels && (!p.residual.data || p.residual.w == channels);
-  if (!gapless || p.step_h != 1) return 0;
-  const int64_t side = p.tap_h[p.taps - 1] - p.tap_h[0] + 1;
-  const int64_t most = flat_rows_in_cache(channels, p.x.h, side) - (side - 1);
-  const int64_t wanted = threads > 1 ? (4 * threads + p.n - 1) / std::max<int64_t>(1, p.n) : 1;
-  const int64_t bands = most > 0 ? (p.rows + most - 1) / most : p.rows;
+  if (!gapless || p.step_h != 1) return {0, false};
+  constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
+  const int64_t side = p.tap_h[p.taps - 1] - p.tap_h[0] + 1, spare = round_up(channels, L) - channels;
+  bool pairs = side == 3 && LP_REGISTERS == 32 && 12 * spare <= channels && !(p.residual.data && p.residual.data == p.out.data);
+  int64_t bands = 1;
+  if (flat_fits(p, channels, side, p.rows, 1)) {
+    // Where all rows begin at the same place in a cache line, few loads are split.
+    pairs = pairs && (p.x.h % kPanel != 0 || p.rows < 2 * kFlatRows * side) && flat_fits(p, channels, side, p.rows, 2);
+  } else {
+    const int64_t most = p.rows / (kFlatRows * side);
+    pairs = pairs && channels >= kFlatPairs;
+    while (bands < most && !flat_fits(p, channels, side, (p.rows + bands - 1) / bands, pairs ? 2 : 1)) ++bands;
+  }
   const int64_t bytes = p.n * (p.height * p.width + p.rows * p.cols) * channels * 4;
-  if (bytes > kFlatMost && bands > 1) return 0;
-  if (bands > 1 && (most < kFlatRows || (channels % kPanel == 0 && bytes < kFlatBands))) return 0;
-  return std::max<int64_t>(1, std::min(p.rows, std::max(bands, wanted)));
+  if (bands > 1 && (bytes > kFlatMost || (side == 5 && spare == 0))) return {0, false};
+  const int64_t wanted = threads > 1 ? (4 * threads + p.n - 1) / std::max<int64_t>(1, p.n) : 1;
+  return {std::max<int64_t>(1, std::min(p.rows, std::max(bands, wanted))), pairs};
 }
 
-static void depthwise_flat(const TapConv& p, const float* weights, const float* shifts, int64_t channels, int64_t bands,
+static void depthwise_flat(const TapConv& p, const float* weights, const float* shifts, int64_t channels, FlatPlan plan,
                            const Env& env) {
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
   const int64_t side = p.tap_h[p.taps - 1] - p.tap_h[0] + 1, taps = p.taps;
@@ -197,9 +247,9 @@ static void depthwise_flat(const TapConv& p, const float* weights, const float* 
   for (int64_t t = 0; t < taps; ++t) repeat(weight + t * weight_step, weights + t * channels);
   repeat(weight + taps * weight_step, shifts);
   const Clamp bounds = clamp_of(p.act);
-  run_tasks(env, p.n * bands, [&](int, int64_t index) {
-    const int64_t n = index / bands, band = index % bands;
-    const int64_t begin = p.rows * band / bands, end = p.rows * (band + 1) / bands, first = begin + p.tap_h[0];
+  run_tasks(env, p.n * plan.bands, [&](int, int64_t index) {
+    const int64_t n = index / plan.bands, band = index % plan.bands;
+    const int64_t begin = p.rows * band / plan.bands, end = p.rows * (band + 1) / plan.bands, first = begin + p.tap_h[0];
     FlatRows r{};
     r.channels = channels;
     r.pad = -p.tap_w[0];
@@ -213,6 +263,7 @@ static void depthwise_flat(const TapConv& p, const float* weights, const float* 
     r.weight = weight;
     r.shift = weight + taps * weight_step;
     r.weight_step = weight_step;
+    r.pairs = plan.pairs;
     r.out = static_cast<float*>(p.out.data) + n * p.out.n + begin * p.out.h + p.out_channel[0];
     r.out_row = p.out.h;
     if (p.residual.data)
