@@ -35,6 +35,8 @@ from .whole_network import whole_network_calls
 
 #: smaller convolutions (multiply-accumulates of one dense forward call) are left alone
 LEAST_MACS = 1_000_000
+#: in a step torch's kernels take so many times as long as alone on the CPU: their results lie in fresh memory every time
+_FRESH_MEMORY = 1.3
 #: largest difference of a network with narrower maps, relative to its largest output, that rounding explains
 _AGREEMENT = 1e-3
 #: channels of which the vendor's CUDA kernels want a multiple, at 2 bytes each
@@ -307,8 +309,9 @@ def _measure(
     for part in ((needs[0], False, False, False), (False, *needs[1:])):
         run = partial(conv_ways.backward, y, *arguments, part)
         parts.append(run if any(part) else None)
+    handicap = _FRESH_MEMORY if x.device.type == "cpu" else 1.0
     # What nobody asks for is never computed and need not be measured again.
-    return Choice(*(SKIP if run is None else fastest(run, ways, x.device) for run in parts))
+    return Choice(*(SKIP if run is None else fastest(run, ways, x.device, handicap) for run in parts))
 
 
 def _layers(model: nn.Module, graph: ChannelGraph, steps: int) -> list[_Layer]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune import ChannelPruning, CompactionPlan, ops, skipping, trace_channels
+from lightning_prune import ChannelPruning, CompactionPlan, ops, skipping, timing, trace_channels
 from lightning_prune.gates.attach import GateHooks
 from lightning_prune.skipping import DeadChannelSkipper
 from lightning_prune.weights import WeightKeeper
@@ -361,3 +361,12 @@ def test_gates_go_into_the_kernel(
         hooks.detach()
         assert not {"_in_gate", "_takes_gates", "_conv_forward", "weight"} & set(net.back.__dict__)
     assert_same(results[0], results[1])
+
+
+@pytest.mark.parametrize(("handicap", "chosen"), [(1.0, 0), (1.2, 2), (0.5, 0)])
+def test_the_first_way_s_time_counts_more_often(
+    handicap: float, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "_seconds_on_cpu", lambda run, way, device: run(way))
+    seconds = {0: 1.0, 1: 1.1, 2: 0.99}  # the last one is faster, but not by the margin
+    assert timing.fastest(seconds.__getitem__, (0, 1, 2), torch.device("cpu"), handicap) == chosen
