@@ -184,7 +184,8 @@ struct CompactForward {
   int lanes;
   const void* tensor_weight;
   bool bias_is_float;  // else x's dtype
-  // The map's channels are followed by lanes of its own, up to a multiple of 8: they hold anything and may be overwritten.
+  // The map's channels are followed by lanes of its own, up to a multiple of 8, on the CPU up to the next pixel: they hold
+  // anything and may be overwritten.
   bool y_has_room;
   bool x_has_room, residual_has_room;  // CPU
 };

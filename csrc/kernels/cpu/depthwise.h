@@ -249,8 +249,9 @@ static void depthwise_rows(DepthwiseRow r, int64_t side, int64_t stride, int row
 static bool depthwise(const TapConv& p, const Env& env) {
   if (!is_depthwise_rows(p)) return false;
   const int64_t exact = p.out_begin[1], side = p.tap_h[p.taps - 1] - p.tap_h[0] + 1;
-  // Spare lanes are computed with weights of zero: whole vectors on whole cache lines.
-  const int64_t channels = p.x_room && p.out_room ? round_up(exact, 8) : exact;
+  // Spare lanes are computed with weights of zero: whole vectors on whole cache lines, in maps of one layout without a gap.
+  const bool alike = p.x.w == p.out.w && (!p.residual.data || p.residual.w == p.x.w);
+  const int64_t channels = !p.x_room || !p.out_room ? exact : alike ? p.x.w : round_up(exact, 8);
   const DepthwiseWeights w =
       depthwise_weights(env, static_cast<const float*>(p.weight), static_cast<const float*>(p.shift), p.taps, exact, channels);
   if (const FlatPlan plan = flat_plan(p, channels, env.threads); plan.bands > 0) {

@@ -44,7 +44,8 @@ struct FlatRows {
 // One vector of all rows, and the same channels of the next N - 1 pixels; Edge: some lanes' windows end at the sides of the
 // map, or it is the last one.
 template <int K, int N, bool Edge, bool Residual>
-static inline __attribute__((always_inline)) void flat_column(const FlatRows& r, int64_t phase, int64_t at) {
+static inline __attribute__((always_inline)) void flat_column(const FlatRows& r, int64_t phase, int64_t at,
+                                                              int64_t ahead = kFlatAhead) {
   using V = Simd<float, LP_VECTOR_BYTES>::reg;
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
   const int64_t channels = r.channels, lanes = std::min(L, r.length - at);
@@ -71,7 +72,7 @@ static inline __attribute__((always_inline)) void flat_column(const FlatRows& r,
   const auto add = [&](int used) __attribute__((always_inline)) {
     if constexpr (!Edge) {
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) __builtin_prefetch(in + (K - 1 + n) * channels + kFlatAhead);
+      for (int n = 0; n < N; ++n) __builtin_prefetch(in + (K - 1 + n) * channels + ahead);
     }
     start(used - 1);
     // The products of a row are added up by themselves: those of 3x3 then wait for no sum of the rows before.
@@ -135,30 +136,47 @@ static inline __attribute__((always_inline)) void flat_column(const FlatRows& r,
   }
 }
 
+// A column by itself: at the sides of the map, and of 5x5, whose registers would not do for the loop around it as well.
+template <int K, bool Edge, bool Residual>
+static __attribute__((noinline)) void flat_single(const FlatRows& r, int64_t phase, int64_t at) {
+  flat_column<K, 1, Edge, Residual>(r, phase, at);
+}
+
 template <int K, bool Residual>
-static __attribute__((noinline)) void flat_rows(const FlatRows& r) {
+static __attribute__((noinline)) void flat_rows(const FlatRows& rows) {
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
+  const FlatRows r = rows;
   const int64_t begin = r.pad * r.channels, end = std::min(r.length, r.width + begin - (K - 1) * r.channels) - L;
-  const auto one = [&](int64_t phase, int64_t at) {
-    const bool edge = at < begin || at > end;
-    edge ? flat_column<K, 1, true, Residual>(r, phase, at) : flat_column<K, 1, false, Residual>(r, phase, at);
-  };
   if (K == 3 && LP_REGISTERS == 32 && r.pairs) {
     const int64_t last = round_up(r.channels, L) - L;  // the last vector of a pixel begins here
-    for (int64_t pixel = 0, taken = 1; pixel < r.length; pixel += taken * r.channels) {
-      taken = pixel >= begin && pixel + r.channels + last <= end ? 2 : 1;
+    const int64_t beyond = 2 * r.channels - last - L;  // from behind it to where the next two pixels begin
+    const auto at_side = [&](int64_t pixel) { return pixel < begin || pixel + r.channels + last > end; };
+    for (int64_t pixel = 0; pixel < r.length;) {
+      if (at_side(pixel)) {
+        for (int64_t c = 0; c < r.channels; c += L) flat_single<3, true, Residual>(r, c, pixel + c);
+        pixel += r.channels;
+        continue;
+      }
       for (int64_t c = 0; c < r.channels; c += L)
-        taken == 2 ? flat_column<3, 2, false, Residual>(r, c, pixel + c) : one(c, pixel + c);
+        flat_column<3, 2, false, Residual>(r, c, pixel + c, c + kFlatAhead <= last ? kFlatAhead : kFlatAhead + beyond);
+      pixel += 2 * r.channels;
     }
     return;
   }
-  int64_t phase = 0;
+  int64_t phase = 0, at = 0;
   const int64_t step = L % r.channels;
-  for (int64_t at = 0; at < r.length; at += L) {
-    one(phase, at);
+  const auto next = [&] {
+    at += L;
     phase += step;
     if (phase >= r.channels) phase -= r.channels;
-  }
+  };
+  for (; at < std::min(begin, r.length); next()) flat_single<K, true, Residual>(r, phase, at);
+  for (; at <= end; next())
+    if constexpr (K == 5)
+      flat_single<K, false, Residual>(r, phase, at);
+    else
+      flat_column<K, 1, false, Residual>(r, phase, at);
+  for (; at < r.length; next()) flat_single<K, true, Residual>(r, phase, at);
 }
 
 // Lines of 64 bytes in the L1 cache, by sets and ways. The windows of all input rows may take a little more than half of them,
@@ -228,8 +246,11 @@ static FlatPlan flat_plan(const TapConv& p, int64_t channels, int threads) {
   }
   const int64_t bytes = p.n * (p.height * p.width + p.rows * p.cols) * channels * 4;
   if (bands > 1 && (bytes > kFlatMost || (side == 5 && spare == 0))) return {0, false};
-  const int64_t wanted = threads > 1 ? (4 * threads + p.n - 1) / std::max<int64_t>(1, p.n) : 1;
-  return {std::max<int64_t>(1, std::min(p.rows, std::max(bands, wanted))), pairs};
+  if (threads > 1) {  // they share bands
+    const int64_t wanted = (4 * threads + p.n - 1) / std::max<int64_t>(1, p.n);
+    bands = std::max(bands, std::min(wanted, std::max<int64_t>(threads, p.rows / (kFlatRows * side))));
+  }
+  return {std::max<int64_t>(1, std::min(p.rows, bands)), pairs};
 }
 
 static void depthwise_flat(const TapConv& p, const float* weights, const float* shifts, int64_t channels, FlatPlan plan,

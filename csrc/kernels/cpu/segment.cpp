@@ -45,7 +45,7 @@ struct Buffers {
   }
 };
 
-// Lanes up to a multiple of 8 that belong to the map alone: only the arena's maps have them.
+// Lanes up to the next pixel, at least to a multiple of 8, that belong to the map alone: only the arena's maps have them.
 bool has_room(int64_t place, int64_t step, int64_t channels) { return place >= 0 && step >= (channels + 7) / 8 * 8; }
 
 void run_step(const Segment& s, const SegmentStep& t, const Buffers& b, int64_t images, const Env& env) {

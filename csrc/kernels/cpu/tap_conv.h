@@ -25,7 +25,8 @@ struct TapConv {
   const void* scale;            // per compact output or nullptr
   const void* shift;
   Act act;
-  // Spare lanes behind the channels of x; of out and residual: up to a multiple of 8 they may be read and overwritten.
+  // Spare lanes behind the channels of x; of out and residual: up to the next pixel, at least to a multiple of 8, they may be
+  // read and overwritten.
   bool x_room, out_room;
   bool depthwise;  // in_channel[i] feeds out_channel[i]; weight is (tap, channel padded to 16)
 };
