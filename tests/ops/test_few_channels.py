@@ -31,3 +31,21 @@ def few_channel_cases(draw: st.DrawFn) -> ConvCase:
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_forward_and_backward(target: torch.device, case: ConvCase, in_gated: bool) -> None:
     assert_agrees(target, case, in_gated)
+
+
+@st.composite
+def strided_cases(draw: st.DrawFn) -> ConvCase:
+    """3x3 at stride 2 with up to 18 channels, maps of even and odd sizes, some wide enough for rows of register tiles."""
+    return ConvCase(
+        batch=draw(st.integers(0, 3)), size=(draw(st.integers(1, 8)), draw(st.integers(1, 30))), groups=1,
+        inputs=draw(st.integers(1, 18)), outputs=draw(st.integers(1, 18)), kernel=(3, 3), stride=(2, 2), padding=(1, 1),
+        dilation=(1, 1), layout=draw(st.sampled_from(["channels_last", "contiguous"])), bias=draw(st.booleans()),
+        gate=draw(st.booleans()), live_in=None, live_out=None, activation=draw(st.sampled_from(["none", "relu"])),
+        dtype=torch.float32, seed=draw(st.integers(0, 2**16)),
+    )  # fmt: skip
+
+
+@given(case=strided_cases(), in_gated=st.booleans())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_strided_forward_and_backward(target: torch.device, case: ConvCase, in_gated: bool) -> None:
+    assert_agrees(target, case, in_gated)
