@@ -7,6 +7,7 @@
 #include <mutex>
 #include <tuple>
 #include <unordered_map>
+#include <vector>
 #if defined(__linux__)
 #include <pthread.h>
 #include <sys/mman.h>
@@ -220,6 +221,8 @@ Tensor new_map(const Tensor& like, const Sizes& shape) {
                                   [](void* memory) { MapMemory::instance().release(memory); });
 }
 
+namespace {
+
 Tensor empty_map(const Tensor& like, const Sizes& shape) {
   if (like.dim() != 4 || shape.size() != 4 || *std::min_element(shape.begin(), shape.end()) < 0)
     fail("empty_map: like must have four dimensions, shape four sizes; got ", show_shape(like), " and ", show(shape));
@@ -229,6 +232,8 @@ Tensor empty_map(const Tensor& like, const Sizes& shape) {
 void release_maps() { MapMemory::instance().release_unused(); }
 
 std::tuple<int64_t, int64_t, int64_t, int64_t> map_memory() { return MapMemory::instance().state(); }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
   m.def("empty_map(Tensor like, int[] shape) -> Tensor");

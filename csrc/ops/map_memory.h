@@ -8,7 +8,4 @@ namespace lp {
 // memory costs a page fault every 4 KB, and maps of a network are far more pages than the processor has translations for.
 Tensor new_map(const Tensor& like, const Sizes& shape);
 
-// Gives back what no tensor holds.
-void release_maps();
-
 }  // namespace lp

@@ -61,14 +61,15 @@ bool forward_by_columns(const MaskedForward& f, const Env& env, Run&& run) {
   std::memset(weight, 0, size_t(size) * sizeof(float));
   p.weight = View{weight, taps * s.channels, 1, p.shape.kw * s.channels, s.channels};
   for (int64_t g = 0; g < together; ++g)
-    for (int64_t o = 0; o < s.outputs; ++o)
+    for (int64_t o = 0; o < s.outputs; ++o) {
+      const float scale = f.gate ? static_cast<const float*>(f.gate)[o] : 1.0f;
       for (int64_t kh = 0; kh < s.kh; ++kh)
         for (int64_t kw = 0; kw < s.kw; ++kw) {
-          const float scale = f.gate ? static_cast<const float*>(f.gate)[o] : 1.0f;
           const float* from = static_cast<const float*>(f.weight.data) + o * f.weight.n + kh * f.weight.h + kw * f.weight.w;
           float* to = weight + (g * s.outputs + o) * p.weight.n + kh * p.weight.h + (kw + g) * p.weight.w;
           for (int64_t c = 0; c < s.channels; ++c) to[c] = from[c * f.weight.c] * scale;
         }
+    }
   run(p);
   return true;
 }

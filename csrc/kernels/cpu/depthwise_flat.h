@@ -235,12 +235,12 @@ static FlatPlan flat_plan(const TapConv& p, int64_t channels, int threads) {
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
   const int64_t side = p.tap_h[p.taps - 1] - p.tap_h[0] + 1, spare = round_up(channels, L) - channels;
   bool pairs = side == 3 && LP_REGISTERS == 32 && 12 * spare <= channels && !(p.residual.data && p.residual.data == p.out.data);
+  const int64_t most = p.rows / (kFlatRows * side);
   int64_t bands = 1;
   if (flat_fits(p, channels, side, p.rows, 1)) {
     // Where all rows begin at the same place in a cache line, few loads are split.
     pairs = pairs && (p.x.h % kPanel != 0 || p.rows < 2 * kFlatRows * side) && flat_fits(p, channels, side, p.rows, 2);
   } else {
-    const int64_t most = p.rows / (kFlatRows * side);
     pairs = pairs && channels >= kFlatPairs;
     while (bands < most && !flat_fits(p, channels, side, (p.rows + bands - 1) / bands, pairs ? 2 : 1)) ++bands;
   }
@@ -248,7 +248,7 @@ static FlatPlan flat_plan(const TapConv& p, int64_t channels, int threads) {
   if (bands > 1 && (bytes > kFlatMost || (side == 5 && spare == 0))) return {0, false};
   if (threads > 1) {  // they share bands
     const int64_t wanted = (4 * threads + p.n - 1) / std::max<int64_t>(1, p.n);
-    bands = std::max(bands, std::min(wanted, std::max<int64_t>(threads, p.rows / (kFlatRows * side))));
+    bands = std::max(bands, std::min(wanted, std::max<int64_t>(threads, most)));
   }
   return {std::max<int64_t>(1, std::min(p.rows, bands)), pairs};
 }

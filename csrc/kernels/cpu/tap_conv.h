@@ -127,6 +127,9 @@ struct SmallMap {
   int tap(int64_t place, int64_t site) const { return joins[place][site]; }
 };
 
+// Fewest channels of a convolution with Winograd tiles in lanes: it loads four at a time.
+constexpr int64_t kLeastLaneChannels = 4;
+
 struct CpuKernels {
   const char* name;
   int64_t lanes;                                           // floats of a vector

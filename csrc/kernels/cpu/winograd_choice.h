@@ -5,8 +5,8 @@
 namespace lp {
 
 constexpr int64_t kLeastWinogradChannels = 12;
-// Fewest tiles that fill the vectors of `winograd_lanes.h`, and fewest channels that it loads.
-constexpr int64_t kLeastLaneTiles = 64, kLeastLaneChannels = 4;
+// Fewest tiles that fill the vectors of `winograd_lanes.h`.
+constexpr int64_t kLeastLaneTiles = 64;
 
 // Side of the Winograd tile for a map of this size, 0 for the direct kernel. Transforms pay from a dozen channels and a few
 // tiles up, with a tile in each lane from four; the 2x2 tile where the 4x4 one would compute as many products for pixels that

@@ -289,7 +289,7 @@ static void winograd_lanes(const TapConv& p, const Env& env) {
 // Whether a convolution is one of those.
 static bool lanes_fit(const TapConv& p, const View& out) {
   const int64_t channels = p.in_begin[1], outputs = p.out_begin[1];
-  return channels >= 4 && outputs >= 4 && channels <= kMostLaneChannels && outputs <= kMostLaneChannels && p.taps == 9 &&
+  return std::min(channels, outputs) >= kLeastLaneChannels && std::max(channels, outputs) <= kMostLaneChannels && p.taps == 9 &&
          p.step_h == 1 && p.step_w == 1 && p.tap_h[3] - p.tap_h[0] == 1 && p.tap_w[1] - p.tap_w[0] == 1 && p.x.c == 1 &&
          out.c == 1 && !p.residual.data && !p.scale && p.act == Act::none && is_run(p.in_channel, channels) &&
          is_run(p.out_channel, outputs);
