@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from lightning_prune import ops
 from lightning_prune.ops import reference
-from tests.ops.conv_cases import TOLERANCE, ConvCase, conv_cases, error
+from tests.ops.conv_cases import TOLERANCE, ConvCase, conv_cases, error, off_kinks
 
 OP = torch.ops.lightning_prune
 # The fixture only sets an environment variable, so sharing it between examples is right.
@@ -43,7 +43,8 @@ def test_forward_and_backward_match_the_reference(target: torch.device, case: Co
     assert error(y, expected) < tolerance
     assert not y[:, dead(live_out, case.outputs)].any()
 
-    grad_y = case.randn(*y.shape).to(target)
+    before = reference.masked_conv2d(*wide, live_in, live_out, *case.settings[:-1], "none")
+    grad_y = off_kinks(case.randn(*y.shape).to(target), before, case.activation, tolerance)
     grads = torch.autograd.grad(y, leaves, grad_y)
     expected_grads = torch.autograd.grad(
         expected, [t for t in wide if t is not None], grad_y.double(), allow_unused=True
