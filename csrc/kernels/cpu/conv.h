@@ -25,6 +25,8 @@ static void conv(const TapConv& p, const Env& env) {
     if (is_pointwise(p)) return pointwise(p, env);
     if (is_planes(p)) return planes(p, env);
   }
+  PanelOutputs to{};
+  if constexpr (std::is_same_v<S, float>) to = panel_outputs(p, env);
   const Bands b = make_bands(p, sizeof(T), env.threads);
   const int64_t staged_bytes = round_up((staged_elements(b) + 64) * int64_t(sizeof(T)), 64);
   const int64_t slot_bytes = staged_bytes + round_up(b.pixels * 24, 64) + round_up(int64_t(p.taps + 1) * 16, 64) + 64;
@@ -98,7 +100,9 @@ static void conv(const TapConv& p, const Env& env) {
         tile.run_at = run_at;
         tile.run_length = run_length;
         tile.bounds = clamp_of(p.act);
-        const float* shift = p.shift ? static_cast<const float*>(p.shift) + first : nullptr;
+        // The last outputs of one group take their spare lanes with them.
+        const int64_t stored = first + outputs == p.out_begin[1] ? to.count - first : outputs;
+        const float* shift = to.shift ? to.shift + first : nullptr;
         float* out = static_cast<float*>(p.out.data) + p.out_channel[first];
         const auto at = [&](int64_t line, PointwiseTile& q) {
           const int64_t i = line / t.rows, r = line % t.rows, n = t.image0 + i, row = t.row0 + r;
@@ -109,7 +113,7 @@ static void conv(const TapConv& p, const Env& env) {
                 static_cast<const float*>(p.residual.data) + p.out_channel[first] + n * p.residual.n + row * p.residual.h;
         };
         const int64_t lines = t.images * t.rows;
-        pointwise_panels(tile, weight, shift, int64_t(p.taps) * inputs, outputs, lines, p.cols, at);
+        pointwise_panels(tile, weight, shift, int64_t(p.taps) * inputs, stored, lines, p.cols, at);
         if (!tile.bounds.complete)
           for (int64_t line = 0; line < lines; ++line) {
             at(line, tile);

@@ -12,9 +12,9 @@ static bool is_planes(const TapConv& p) {
   const int64_t channels = p.in_begin[1];
   if (p.depthwise || p.groups != 1 || p.taps == 0 || p.scale || p.residual.data || p.x.w != 1 || p.out.c != 1) return false;
   if (channels < 1 || channels > kPlanes || channels * p.taps > kPlaneInputs || p.step_w > 2 || p.cols < 16) return false;
-  // Elsewhere the tiles of whole panels win: they need not turn what they summed.
-  const int64_t outputs = p.out_begin[1], rest = outputs % kPanel;
-  if (rest == 0 || rest > 8 || (p.step_w == 2 && rest > 4 && outputs > 8)) return false;
+  // Elsewhere the tiles of panels win: they need not turn what they summed.
+  const int64_t outputs = p.out_begin[1];
+  if (outputs > 4 && (outputs <= kPanel || outputs > kPanel + 4 || p.taps == 1)) return false;
   return is_run(p.out_channel, outputs);
 }
 

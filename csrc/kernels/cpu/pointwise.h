@@ -88,21 +88,53 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
     (add_one(tail[J], base[J / 3] + J % 3 * ld, both), ...);
     narrow += 8;
   }
-  constexpr Lanes even = {0, 2, 4, 6, 8, 10, 12, 14}, odd = {1, 3, 5, 7, 9, 11, 13, 15};
   const PointwiseTile q = t;  // stores may alias anything behind a reference
-  const int64_t rest = q.count - 16 * Full;
   const V low = V{} + q.bounds.low, high = V{} + q.bounds.high;
-  const auto finish = [&](int j, int v, V value, const V& shift, int64_t lanes) __attribute__((always_inline)) {
-    value += shift;
-    if (q.residual) value += load_part<V>(q.residual + j * q.ldr + v, lanes);
-    store_part<V>(q.y + j * q.ldy + v, clamp(value, low, high), lanes);
-  };
-  const V shift = q.shift ? load_part<V>(q.shift + 16 * Full, rest) : V{};
   if constexpr (Full > 0) {
     const V first = q.shift ? load<V>(q.shift) : V{};
-    (finish(J, 0, acc[J], first, 16), ...);
+    const auto finish = [&](int j, V value) __attribute__((always_inline)) {
+      value += first;
+      if (q.residual) value += load<V>(q.residual + j * q.ldr);
+      store<V>(q.y + j * q.ldy, clamp(value, low, high));
+    };
+    (finish(J, acc[J]), ...);
   }
-  (finish(J, 16 * Full, __builtin_shuffle(tail[J], even) + __builtin_shuffle(tail[J], odd), shift, rest), ...);
+  // The halves of two pixels are added at once. Stores of half a vector lie in one cache line more often.
+  using Half = typename Simd<float, 32>::reg;
+  constexpr Lanes even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  const int64_t rest = q.count - 16 * Full;
+  const __mmask16 lanes = __mmask16((1u << rest) - 1);
+  const V last = q.shift ? V(_mm512_maskz_loadu_ps(lanes, q.shift + 16 * Full)) : V{};
+  const V shift = V(_mm512_shuffle_f32x4(__m512(last), __m512(last), 0x44));
+  const auto finish_two = [&](int j, auto whole, auto residual) __attribute__((always_inline)) {
+    constexpr bool Whole = decltype(whole)::value, Residual = decltype(residual)::value;
+    const int k = j + 1 < MR ? j + 1 : j;
+    V value = __builtin_shuffle(tail[j], tail[k], even) + __builtin_shuffle(tail[j], tail[k], even + 1) + shift;
+    if constexpr (Residual) {
+      const auto part = [&](int i) __attribute__((always_inline)) {
+        return _mm256_maskz_loadu_ps(__mmask8(lanes), q.residual + i * q.ldr + 16 * Full);
+      };
+      value += V(_mm512_insertf32x8(_mm512_castps256_ps512(part(j)), part(k), 1));
+    }
+    value = clamp(value, low, high);
+    const auto put = [&](int i, __m256 v) __attribute__((always_inline)) {
+      float* y = q.y + i * q.ldy + 16 * Full;
+      if constexpr (Whole)
+        store<Half>(y, Half(v));
+      else
+        _mm256_mask_storeu_ps(y, __mmask8(lanes), v);
+    };
+    put(j, _mm512_castps512_ps256(__m512(value)));
+    if (k != j) put(k, _mm512_extractf32x8_ps(__m512(value), 1));
+  };
+  using Yes = std::true_type;
+  using No = std::false_type;
+  if (q.residual)
+    ((J % 2 == 0 ? finish_two(J, No(), Yes()) : void()), ...);
+  else if (rest == 8)
+    ((J % 2 == 0 ? finish_two(J, Yes(), No()) : void()), ...);
+  else
+    ((J % 2 == 0 ? finish_two(J, No(), No()) : void()), ...);
 }
 #endif
 
@@ -196,6 +228,22 @@ static const PointwiseSet& pointwise_set() {
   return set;
 }
 
+// Outputs that are stored, and their shift: with room behind the channels those of the last panel's spare lanes as well, which
+// then need no masks.
+struct PanelOutputs {
+  int64_t count;
+  const float* shift;
+};
+static PanelOutputs panel_outputs(const TapConv& p, const Env& env) {
+  const int64_t exact = p.out_begin[1], count = p.out_room && p.groups == 1 ? round_up(exact, 8) : exact;
+  const float* shift = static_cast<const float*>(p.shift);
+  if (count == exact || !shift) return {count, shift};
+  float* copy = static_cast<float*>(env.alloc(env.owner, size_t(count) * 4));
+  memset(copy, 0, size_t(count) * 4);
+  memcpy(copy, shift, size_t(exact) * 4);
+  return {count, copy};
+}
+
 // Rows [begin, end) of the product with P panels of weights; Tail: the last of them is 8 wide.
 template <int W, int P, bool Tail = false>
 static void pointwise_rows(PointwiseTile t, int64_t rows) {
@@ -255,7 +303,8 @@ static void pointwise_panels(PointwiseTile t, const float* weight, const float* 
 }
 
 static void pointwise(const TapConv& p, const Env& env) {
-  const int64_t pixels = p.n * p.rows * p.cols, inputs = p.in_begin[1], outputs = p.out_begin[1];
+  const PanelOutputs to = panel_outputs(p, env);
+  const int64_t pixels = p.n * p.rows * p.cols, inputs = p.in_begin[1], outputs = to.count;
   const Clamp bounds = clamp_of(p.act);
   // Few weights: they stay in L2, and a block of rows in L1 while all panels pass over it. Many: the rows stay in L2.
   const int64_t tile = LP_REGISTERS == 32 ? 28 : 24;
@@ -284,9 +333,9 @@ static void pointwise(const TapConv& p, const Env& env) {
     t.bounds = bounds;
     const float* x = static_cast<const float*>(p.x.data) + p.in_channel[0] + first * t.ldx;
     float* y = static_cast<float*>(p.out.data) + p.out_channel[0] + at + first * t.ldy;
-    const float *residual = static_cast<const float*>(p.residual.data), *shift = static_cast<const float*>(p.shift);
+    const float* residual = static_cast<const float*>(p.residual.data);
     if (residual) residual += p.out_channel[0] + at + first * t.ldr;
-    pointwise_panels(t, static_cast<const float*>(p.weight) + at * inputs, shift ? shift + at : nullptr, inputs, some, 1, rows,
+    pointwise_panels(t, static_cast<const float*>(p.weight) + at * inputs, to.shift ? to.shift + at : nullptr, inputs, some, 1, rows,
                      [&](int64_t, PointwiseTile& tile) {
                        tile.x = x;
                        tile.y = y;

@@ -26,6 +26,8 @@ static inline __attribute__((always_inline)) void by_vectors(int64_t count, cons
   };
   if (count * 4 >= LP_VECTOR_BYTES)
     run(Wide{});
+  else if (count >= 8)
+    run(Simd<float, 32>::reg{});
   else if (count >= 4)
     run(Simd<float, 16>::reg{});
   else
@@ -70,14 +72,25 @@ static void mean_pool(const MeanPool& p, const Env& env) {
     const int64_t n = index / parts, first = index % parts * part;
     const float* const x = static_cast<const float*>(p.x.data) + n * p.x.n + first;
     float* const y = static_cast<float*>(p.y.data) + n * p.y.n + first;
-    by_vectors(std::min(part, p.channels - first), [&](auto zero, int64_t c) __attribute__((always_inline)) {
-      auto total = zero;  // of rows: fewer roundings than one sum over all pixels
+    const int64_t count = std::min(part, p.channels - first);
+    // Whole vectors may also sum what lies between the channels of a pixel and those of the next one.
+    const int64_t readable = std::max(p.channels, p.x.w) - first, wide = count <= 8 ? round_up(count, 4) : round_up(count, 16);
+    by_vectors(std::min(readable, wide), [&](auto zero, int64_t c) __attribute__((always_inline)) {
+      using V = decltype(zero);
+      // Sums of rows: fewer roundings than one sum over all pixels. Two, that do not wait for each other.
+      V total = zero;
       for (int64_t h = 0; h < p.height; ++h) {
-        auto row = zero;
-        for (int64_t w = 0; w < p.width; ++w) row += load<decltype(zero)>(x + h * p.x.h + w * p.x.w + c);
-        total += row;
+        const float* at = x + h * p.x.h + c;
+        V even = zero, odd = zero;
+        int64_t w = 0;
+        for (; w + 2 <= p.width; w += 2, at += 2 * p.x.w) {
+          even += load<V>(at);
+          odd += load<V>(at + p.x.w);
+        }
+        if (w < p.width) even += load<V>(at);
+        total += even + odd;
       }
-      store<decltype(zero)>(y + c, total / float(p.height * p.width));
+      store_part<V>(y + c, total / float(p.height * p.width), count - c);
     });
   });
 }

@@ -74,6 +74,21 @@ static inline void gather_pixel([[maybe_unused]] const GatherPlan& plan, [[maybe
 #endif
 }
 
+// Channels of pixels in whole vectors, the last of which also takes some of the next pixel: it is overwritten by what follows.
+// How many pixels: none that would have to be read beyond the last one.
+template <int Bytes>
+static int64_t copy_pixels(float* dst, const float* src, int64_t pixel_stride, int64_t pixels, int64_t channels, int64_t ld) {
+  using V = typename Simd<float, Bytes>::reg;
+  constexpr int64_t L = Simd<float, Bytes>::lanes;
+  const int64_t beyond = (channels + L - 1) / L * L - channels;
+  const int64_t whole = std::max<int64_t>(0, pixels - (beyond + pixel_stride - 1) / pixel_stride);
+  for (int64_t p = 0; p < whole; ++p, dst += ld, src += pixel_stride) {
+    for (int64_t i = 0; i < channels; i += L) store<V>(dst + i, load<V>(src + i));
+    for (int64_t i = channels; i < ld; ++i) dst[i] = 0;
+  }
+  return whole;
+}
+
 template <class S, class T>
 static void stage_row_gather(T* dst, const S* src, int64_t pixel_stride, int64_t pixels, const int64_t* channel,
                              int64_t channels, bool consecutive, const GatherPlan& plan, int64_t ld) {
@@ -85,9 +100,14 @@ static void stage_row_gather(T* dst, const S* src, int64_t pixel_stride, int64_t
         return;
       }
     }
-    for (int64_t p = 0; p < pixels; ++p, dst += ld, src += pixel_stride) {
-      for (int64_t i = 0; i < channels; ++i) dst[i] = to_acc(src[i]);
-      for (int64_t i = channels; i < ld; ++i) dst[i] = T(0);
+    int64_t done = 0;
+    if constexpr (std::is_same_v<S, float> && std::is_same_v<T, float>)
+      done = channels > 8   ? copy_pixels<LP_VECTOR_BYTES>(dst, src, pixel_stride, pixels, channels, ld)
+             : channels > 4 ? copy_pixels<32>(dst, src, pixel_stride, pixels, channels, ld)
+                            : copy_pixels<16>(dst, src, pixel_stride, pixels, channels, ld);
+    for (int64_t p = done; p < pixels; ++p) {
+      for (int64_t i = 0; i < channels; ++i) dst[p * ld + i] = to_acc(src[p * pixel_stride + i]);
+      for (int64_t i = channels; i < ld; ++i) dst[p * ld + i] = T(0);
     }
     return;
   }
