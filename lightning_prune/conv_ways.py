@@ -169,6 +169,11 @@ def backward(
     return grad_x, grad_weight, grad_bias, grad_gate
 
 
+def takes_whole(weight: Tensor, call: ConvCall) -> bool:
+    """Whether the compiled kernel is given the whole weight, and copies what lives of it in every call."""
+    return not call.compact or (call.groups == 1 and weight.numel() <= _SMALL)
+
+
 def narrowed(
     weight: Tensor, bias: Tensor | None, gate: Tensor | None, call: ConvCall
 ) -> tuple[Tensor, Tensor | None, Tensor | None, ConvCall]:
@@ -264,8 +269,7 @@ class SkippedConv(torch.autograd.Function):
     ) -> Tensor:
         """Shapes as in ``torch.nn.functional.conv2d``; ``gate`` of shape [inputs] multiplies the inputs."""
         ctx.call, ctx.own_call, ctx.choice = call, call, choice
-        small = call.groups == 1 and weight.numel() <= _SMALL and PLAIN not in choice
-        if not call.compact or x.device.type != "cpu" or small:
+        if x.device.type != "cpu" or (PLAIN not in choice and takes_whole(weight, call)) or not call.compact:
             ctx.save_for_backward(x, weight, bias, gate)
             return forward(x, weight, bias, gate, call, choice.forward)
         own, own_bias, own_gate, ctx.own_call = narrowed(weight, bias, gate, call)

@@ -11,7 +11,7 @@ import ast
 import inspect
 import operator
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from types import FunctionType
 from typing import Any
 
@@ -41,7 +41,8 @@ _SYNTAX = (
     ast.Tuple, ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.Is, ast.IsNot,
 )  # fmt: skip
 
-#: ``fused(norm, activation, x, residual)``: the activation (a module, or a name) of the norm of ``x`` plus ``residual``
+#: ``fused(conv, norm, activation, x, residual)``: the activation (a module, or a name) of the norm of ``x`` plus ``residual``;
+#: of the convolution of ``x`` where ``conv`` is not None
 Fused = Callable[..., Any]
 
 
@@ -75,13 +76,16 @@ class ForwardCall(ExchangedCall):
         return all(getattr(module, name, None) is value for name, value in self._seen)
 
 
-def fused_forward(module: nn.Module, norms: set[nn.Module], fused: Fused) -> ForwardCall | None:
+def fused_forward(
+    module: nn.Module, norms: set[nn.Module], fused: Fused, convolutions: Set[nn.Module] = frozenset()
+) -> ForwardCall | None:
     """``module``'s forward with ``fused`` in the place of its norms; None where there is nothing to fuse, or no certainty.
 
     Args:
         module: not changed.
         norms: the norms that may be fused.
         fused: see :data:`Fused`.
+        convolutions: that may be computed with the norm behind them.
     """
     if not any(child in norms for child in module.children()):
         return None
@@ -96,7 +100,7 @@ def fused_forward(module: nn.Module, norms: set[nn.Module], fused: Fused) -> For
         graph = _Tracer().trace(module)
     except Exception:  # no source, or whatever tracing makes of it
         return None
-    if not _rewrite(graph, dict(module.named_modules()), norms, fused):
+    if not _rewrite(graph, dict(module.named_modules()), norms, fused, convolutions):
         return None
     code = graph.python_code("self")
     scope: dict[str, Any] = dict(code.globals)
@@ -196,9 +200,15 @@ def _plain_call(
     return any(found is known for known in _FUNCTIONS)
 
 
-def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module], norms: set[nn.Module], fused: Fused) -> bool:
+def _rewrite(
+    graph: fx.Graph,
+    modules: dict[str, nn.Module],
+    norms: set[nn.Module],
+    fused: Fused,
+    convolutions: Set[nn.Module],
+) -> bool:
     """Put ``fused`` in the place of norm, sum and activation wherever each is read by the next alone."""
-    changed = False
+    made: set[fx.Node] = set()
     for node in list(graph.nodes):
         if (
             node.op != "call_module"
@@ -216,15 +226,40 @@ def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module], norms: set[nn.Modul
         activation = None if reader is None else _activation(reader, modules, graph)
         if reader is None or activation is None:
             continue
+        conv = node.args[0]
+        assert isinstance(conv, fx.Node)
+        pair = _movable(conv, (node, last, reader), modules, convolutions, made)
         with graph.inserting_before(reader):
             norm = graph.get_attr(str(node.target))
             acting = graph.get_attr(activation) if reader.op == "call_module" else activation
-            call = graph.call_function(fused, (norm, acting, node.args[0], residual))
+            own = graph.get_attr(str(conv.target)) if pair else None
+            call = graph.call_function(fused, (own, norm, acting, conv.args[0] if pair else conv, residual))
         reader.replace_all_uses_with(call)
-        for gone in dict.fromkeys((reader, last, node)):
+        for gone in dict.fromkeys((reader, last, node, *([conv] if pair else []))):
             graph.erase_node(gone)
-        changed = True
-    return changed
+        made.add(call)
+    return bool(made)
+
+
+def _movable(
+    conv: fx.Node,
+    behind: tuple[fx.Node, ...],
+    modules: dict[str, nn.Module],
+    convolutions: Set[nn.Module],
+    made: set[fx.Node],
+) -> bool:
+    """Whether ``conv`` is a convolution that nobody but the first of ``behind`` reads, and may run as late as the last.
+
+    What runs in between must not be able to write to its input: nothing does, or the input is new and has no other reader.
+    """
+    if conv.op != "call_module" or modules.get(str(conv.target)) not in convolutions or len(conv.users) != 1:
+        return False
+    if len(conv.args) != 1 or conv.kwargs or not isinstance(conv.args[0], fx.Node):
+        return False
+    x, node = conv.args[0], conv.next
+    while node in behind[:-1] or node.op == "get_attr":
+        node = node.next
+    return node is behind[-1] or (x in made and len(x.users) == 1)
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:

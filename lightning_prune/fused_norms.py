@@ -6,7 +6,7 @@ something is not as expected, the module's plain call runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv_norms import PAIRED, Site, Statistics, gate_of, kind_of, pair_of, together
 from .fused_forwards import fused_forward
 from .hooks import SLOT, ExchangedCall, hooked, only_plain_calls
 from .nn._convert import activation_name
@@ -43,9 +44,10 @@ class FusedNorms:
 
     Args:
         model: its parameters and buffers stay as they are; :meth:`detach` undoes everything.
+        convolutions: that carry what is needed to compute them with the norm behind them (``conv_norms``).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, convolutions: Set[nn.Module] = frozenset()) -> None:
         self._modules: list[nn.Module] = []
         self._norms: dict[nn.BatchNorm2d, _NormCall] = {}
         if not extension_available():
@@ -76,7 +78,7 @@ class FusedNorms:
                 norm.sequences.append(sequence)
         for module in model.modules():
             if type(module) is not nn.Sequential and _free(module):
-                forward = fused_forward(module, set(norms), _fused)
+                forward = fused_forward(module, set(norms), _fused, convolutions)
                 if forward is not None:
                     self._install(module, forward)
 
@@ -111,14 +113,28 @@ def _fusable(module: nn.Module) -> bool:
         return False
 
 
-def _fused(norm: nn.Module, activation: nn.Module | str, x: Any, residual: Any) -> Any:
-    """``activation(norm(x) + residual)``, at once where that is allowed and faster."""
+def _fused(
+    conv: nn.Module | None, norm: nn.Module, activation: nn.Module | str, x: Any, residual: Any
+) -> Any:
+    """``activation(norm(conv(x)) + residual)``, at once where that is allowed and faster; without ``conv`` of ``x``."""
     call = norm.__dict__.get(SLOT)
     plain = isinstance(activation, str) or (_fusable(activation) and not hooked(activation))
-    if isinstance(call, _NormCall) and plain and isinstance(x, Tensor):
-        found = call.with_followers(x, residual, activation_name(activation))
-        if found is not None:
-            return found
+    site = None
+    if isinstance(call, _NormCall) and plain:
+        name = activation_name(activation)
+        if conv is not None:
+            site = call.site(conv, x, residual, name)
+            if site is not None and site.pair is not None:
+                return together(site.pair, call.module, name, *site.tensors)
+            x, conv = conv(x), None
+        if isinstance(x, Tensor):
+            found = call.with_followers(x, residual, name)
+            if found is not None:
+                if site is not None:
+                    call.remember(site, x)
+                return found
+    if conv is not None:
+        x = conv(x)
     y = norm(x)
     if residual is not None:
         y = y + residual
@@ -199,6 +215,54 @@ class _NormCall(ExchangedCall):
             return None
         y: Tensor = _Norm.apply(x, self.module.weight, self.module.bias, residual, self, activation, live)
         return y
+
+    def site(self, conv: nn.Module, x: Any, residual: Any, activation: str) -> Site | None:
+        """What is known of ``activation(norm(conv(x)) + residual)`` as one call; None if it is not to be one.
+
+        Whoever calls has made sure that modules need not compute as the user wrote them.
+        """
+        norm = self.module
+        known = conv.__dict__[PAIRED].value if PAIRED in conv.__dict__ else None
+        if known is None or not isinstance(x, Tensor) or x.is_cuda or not norm.training or hooked(norm):
+            return None
+        if residual is not None and not isinstance(residual, Tensor):
+            return None
+        alone, gate = gate_of(conv, known)
+        if not alone:
+            return None
+        of_conv, own = conv._parameters, norm._parameters
+        tensors = x, of_conv["weight"], of_conv["bias"], gate, own["weight"], own["bias"], residual
+        kind = kind_of(known, tensors, activation)
+        pair = known.pairs.get(kind)
+        if pair is None:
+            return None if kind in known.pairs else Site(known, kind, tensors, None)
+        return Site(known, kind, tensors, pair if self._moves(pair.statistics) else None)
+
+    def _statistics(self) -> Statistics | None:
+        """The running statistics that the operator is to move, and None for those that there are not; None if it cannot."""
+        norm = self.module
+        own = norm._buffers
+        if not norm.track_running_stats:
+            return None, None, None
+        found = own["running_mean"], own["running_var"], own["num_batches_tracked"]
+        return None if norm.momentum is None else found
+
+    def _moves(self, statistics: Statistics) -> bool:
+        own = self._statistics()
+        return own is not None and all(a is b for a, b in zip(own, statistics, strict=True))
+
+    def remember(self, site: Site, middle: Tensor) -> None:
+        """Both parts have been computed, apart, by way of ``middle``: may it be one call from now on?"""
+        x, weight, bias, gate, *_ = site.tensors
+        statistics = self._statistics()
+        way = site.known.one_way(x, weight, bias, gate)
+        fits = statistics is not None and (statistics[0] is None or running_fits(*statistics, middle))
+        if way is None or statistics is None or not fits:
+            site.known.pairs[site.kind] = None
+            return
+        live = self.live if self.live is not None and middle.shape[1] == len(self.live) else None
+        of = 0 if live is None else self.module.num_features
+        site.known.pairs[site.kind] = pair_of(*way, weight, bias, gate, live, of, statistics)
 
     def _wins(self, x: Tensor, residual: Tensor | None, activation: str) -> bool:
         norm = self.module

@@ -8,7 +8,7 @@ get their dead inputs back as zeros. What comes out of the network has no channe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from .hooks import SLOT, ExchangedCall, Marker, PrivateHook, is_private, only_pl
 
 #: live share of the channels from which on full maps, whose rows are aligned, are as fast
 MOST_LIVE = 0.9
+#: channels of which the vendor's CUDA kernels want a multiple, at 2 bytes each
+_CUDA_LANES = 8
 
 
 def live_indices(alive: np.ndarray, device: torch.device | str = "cpu") -> Tensor | None:
@@ -201,6 +203,37 @@ class _Narrow(PrivateHook):
         if live is None or not self._layer.narrow or torch.compiler.is_compiling():
             return None
         return output.index_select(-1, live)
+
+
+def aligned_groups(mask: Mask, graph: ChannelGraph, layers: Iterable[Any]) -> Mask:
+    """``mask`` with as many dead channels of each group that the layers have as make the number of living ones a multiple of 8.
+
+    Their weights are zero, so that they put out zeros wherever the group is computed.
+    """
+    present = np.zeros(len(mask) + 1, dtype=bool)
+    for layer in layers:
+        present[layer.out_channels] = present[layer.in_channels] = True
+    wanted = mask.copy()
+    for group in graph.groups:
+        dead = np.flatnonzero(~mask[group.ids] & present[:-1][group.ids]) + group.start
+        alive = int(mask[group.ids].sum())
+        wanted[dead[: -alive % _CUDA_LANES]] = True
+    return wanted
+
+
+def norm_channels(
+    model: nn.Module, graph: ChannelGraph, norms: list[nn.BatchNorm2d]
+) -> dict[nn.BatchNorm2d, np.ndarray]:
+    """Channel of each position of every norm that has any, -1 for none."""
+    names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+    found = {}
+    for norm in norms:
+        tensors = (*norm._parameters.values(), *norm._buffers.values())
+        own = (names.get(id(t)) for t in tensors if t is not None and t.dim() == 1)
+        name = next((n for n in own if n in graph.tensors), None)
+        if name is not None:
+            found[norm] = graph.positions(name, 0)
+    return found
 
 
 def _holds(module: nn.Module, others: set[nn.Module]) -> bool:

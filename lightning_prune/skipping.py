@@ -7,7 +7,7 @@ call of the convolution changes, during the module's own forward, on top of what
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,12 +21,13 @@ from . import conv_ways
 from .channels.groups import ChannelGraph, Mask
 from .compaction import CompactionPlan, mask_channels, max_relative_error
 from .compaction.apply import clone_model
+from .conv_norms import PAIRED, Pair
 from .conv_ways import ALL_PLAIN, FULL, PLAIN, SKIP, Choice, ConvCall, ReusedMemory, SkippedConv
 from .fused_norms import FusedNorms
 from .gates.attach import IN_GATE, LIVE_INPUTS, TAKES_GATES
 from .hooks import Marker, PrivateHook, only_plain_calls
 from .inputs import ExampleInputs, floating_dtype, to_model
-from .live_maps import LiveMaps, live_indices
+from .live_maps import LiveMaps, aligned_groups, live_indices, norm_channels
 from .nn._convert import symmetric_padding
 from .ops.availability import can_run_masked_conv2d, cuda_built, extension_available
 from .ops.map_memory import release_maps
@@ -39,8 +40,6 @@ LEAST_MACS = 1_000_000
 _FRESH_MEMORY = 1.3
 #: largest difference of a network with narrower maps, relative to its largest output, that rounding explains
 _AGREEMENT = 1e-3
-#: channels of which the vendor's CUDA kernels want a multiple, at 2 bytes each
-_CUDA_LANES = 8
 
 
 @dataclass
@@ -56,6 +55,7 @@ class _Layer:
         share: of the multiply-accumulates that live.
         wanted: whether maps that come out of it hold live channels only.
         memory: for the gradient of its weight.
+        hooks, pairs: see :class:`lightning_prune.conv_norms.Convolution`.
         verdicts: kind of call -> step of ``share`` at which it was measured, and what came out.
     """
 
@@ -69,6 +69,8 @@ class _Layer:
     share: float = 1.0
     wanted: Callable[[], bool] = lambda: False
     memory: ReusedMemory = field(default_factory=ReusedMemory)
+    hooks: tuple[Any, ...] = ()
+    pairs: dict[tuple[Any, ...], Pair | None] = field(default_factory=dict)
     verdicts: dict[tuple[Any, ...], tuple[int, Choice]] = field(default_factory=dict)
 
     def set_mask(self, mask: Mask) -> None:
@@ -81,6 +83,7 @@ class _Layer:
         device = self.module.weight.device
         self.live_in, self.live_out = live_indices(ins, device), live_indices(outs, device)
         self.share = float(outs.mean() * (1.0 if depthwise else ins.mean()))
+        self.pairs.clear()
 
     def call(self, compact: bool = False) -> ConvCall:
         """The convolution of maps that hold all channels, or the live ones alone."""
@@ -95,6 +98,24 @@ class _Layer:
         if self.live_in is not None and x.shape[1] == len(self.live_in):
             return True
         return (self.live_in is not None or self.live_out is not None) and self.wanted()
+
+    def one_way(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
+    ) -> tuple[ConvCall, int] | None:
+        """The call and the one compiled way that all of its parts take; None if they do not, or it is not known yet."""
+        compact = self.compact(x)
+        if not _allowed(self, x) or (
+            compact and self.live_in is not None and x.shape[1] != len(self.live_in)
+        ):
+            return None
+        key = _kind(x, weight, bias, gate, compact)
+        needs, last = key[-3], key[-2]
+        if last != _channels_last(x):  # it would be copied
+            return None
+        choice = self.verdicts.get(key, (0, ALL_PLAIN))[1]
+        parts = (True, needs[0], any(needs[1:]))
+        ways = {way for way, part in zip(choice, parts, strict=True) if part}
+        return (self.call(compact), ways.pop()) if len(ways) == 1 and PLAIN not in ways else None
 
 
 class DeadChannelSkipper:
@@ -144,15 +165,17 @@ class DeadChannelSkipper:
     def _attach(self, graph: ChannelGraph) -> None:
         self._attached, self._graph = True, graph
         self._layers = _layers(self._model, graph, self._steps) if extension_available() else []
-        self._norms = FusedNorms(self._model)
+        self._norms = FusedNorms(self._model, {layer.module for layer in self._layers})
         for layer in self._layers:
+            exchange, restore = layer.hooks = _Exchange(layer), _Restore()
             self._handles[layer.module] = [
-                layer.module.register_forward_pre_hook(_Exchange(layer)),
-                layer.module.register_forward_hook(_Restore(), always_call=True),
+                layer.module.register_forward_pre_hook(exchange),
+                layer.module.register_forward_hook(restore, always_call=True),
             ]
+            layer.module.__dict__[PAIRED] = Marker(layer)
             if layer.module.groups == 1:
                 layer.module.__dict__[TAKES_GATES] = Marker()
-        self._norm_channels = _norm_channels(self._model, graph, self._norms.norms())
+        self._norm_channels = norm_channels(self._model, graph, self._norms.norms())
         self._maps: LiveMaps | None = None
         if self._inputs is not None and self._layers:
             names, _ = whole_network_calls(self._model, self._inputs)
@@ -209,7 +232,7 @@ class DeadChannelSkipper:
         for module in list(self._handles):
             for handle in self._handles.pop(module):
                 handle.remove()
-            for name in ("_conv_forward", TAKES_GATES, IN_GATE, LIVE_INPUTS):
+            for name in ("_conv_forward", TAKES_GATES, IN_GATE, LIVE_INPUTS, PAIRED):
                 module.__dict__.pop(name, None)
         release_maps()
 
@@ -261,13 +284,10 @@ def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, gat
         if compact:
             return conv_ways.plain(x, weight, bias, gate, call)
         return plain(layer.module, x, conv_ways.gated(weight, gate), bias)
-    leaves = (x, weight, bias, gate)
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves)
-    last = _channels_last(x) or _channels_last(weight)  # the vendor's result is in channels_last if either is
+    key = _kind(x, weight, bias, gate, compact)
+    needs, last = key[-3], key[-2]
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
-    # Compact maps change their width with every channel that dies: what was measured holds until the next step.
-    key = (len(x), compact or x.shape[1], *x.shape[2:], x.dtype, needs, last, gate is None)
     step = math.ceil(layer.share * layer.steps)
     measured, choice = layer.verdicts.get(key, (layer.steps + 1, ALL_PLAIN))
     if (compact or choice != (SKIP, SKIP, SKIP)) and step < measured:
@@ -280,6 +300,17 @@ def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, gat
         result: Tensor = SkippedConv.apply(x, weight, bias, gate, call, choice)
         return result.contiguous(memory_format=torch.channels_last) if last else result
     return plain(layer.module, x, conv_ways.gated(weight, gate), bias)
+
+
+def _kind(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, compact: bool
+) -> tuple[Any, ...]:
+    """The kind of a call; before the last, whether it is in channels_last, and before that, what needs gradients."""
+    leaves = (x, weight, bias, gate)
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves)
+    last = _channels_last(x) or _channels_last(weight)  # the vendor's result is in channels_last if either is
+    # Compact maps change their width with every channel that dies: what was measured holds until the next step.
+    return (len(x), compact or x.shape[1], *x.shape[2:], x.dtype, needs, last, gate is None)
 
 
 def _channels_last(tensor: Tensor) -> bool:
@@ -330,37 +361,6 @@ def _layers(model: nn.Module, graph: ChannelGraph, steps: int) -> list[_Layer]:
             continue
         rows, columns = graph.positions(name, 0), graph.positions(name, 1)
         found.append(_Layer(module, rows, np.tile(columns, module.groups), padding, steps))
-    return found
-
-
-def aligned_groups(mask: Mask, graph: ChannelGraph, layers: Iterable[_Layer]) -> Mask:
-    """``mask`` with as many dead channels of each group that the layers have as make the number of living ones a multiple of 8.
-
-    Their weights are zero, so that they put out zeros wherever the group is computed.
-    """
-    present = np.zeros(len(mask) + 1, dtype=bool)
-    for layer in layers:
-        present[layer.out_channels] = present[layer.in_channels] = True
-    wanted = mask.copy()
-    for group in graph.groups:
-        dead = np.flatnonzero(~mask[group.ids] & present[:-1][group.ids]) + group.start
-        alive = int(mask[group.ids].sum())
-        wanted[dead[: -alive % _CUDA_LANES]] = True
-    return wanted
-
-
-def _norm_channels(
-    model: nn.Module, graph: ChannelGraph, norms: list[nn.BatchNorm2d]
-) -> dict[nn.BatchNorm2d, np.ndarray]:
-    """Channel of each position of every norm that has any, -1 for none."""
-    names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-    found = {}
-    for norm in norms:
-        tensors = (*norm._parameters.values(), *norm._buffers.values())
-        own = (names.get(id(t)) for t in tensors if t is not None and t.dim() == 1)
-        name = next((n for n in own if n in graph.tensors), None)
-        if name is not None:
-            found[norm] = graph.positions(name, 0)
     return found
 
 

@@ -4,6 +4,7 @@
 #include "binding.h"
 #include "launch.h"
 #include "map_memory.h"
+#include "training_ops.h"
 
 namespace lp {
 namespace {
@@ -108,6 +109,19 @@ Tensor copy_of(const Tensor& t) {
   return torch::stable::copy_(copy, t);
 }
 
+template <class T>
+void move_statistics(const Tensor& running, const Tensor& of_batch, double scale, double momentum) {
+  T* const to = static_cast<T*>(running.data_ptr());
+  const T* const from = static_cast<const T*>(of_batch.data_ptr());
+  const T share = T(momentum), factor = T(scale);
+  for (int64_t i = 0; i < running.size(0); ++i) {
+    const T value = from[i] * factor;  // as torch.lerp has it
+    to[i] = share < T(0.5) ? to[i] + share * (value - to[i]) : value - (value - to[i]) * (T(1) - share);
+  }
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& x, const std::optional<Tensor>& residual,
                                                   const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                                                   const std::optional<Tensor>& gate, const std::optional<Tensor>& mean,
@@ -174,17 +188,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   return {grad_x, grad_residual, vectors[0], vectors[1], vectors[2]};
 }
 
-template <class T>
-void move_statistics(const Tensor& running, const Tensor& of_batch, double scale, double momentum) {
-  T* const to = static_cast<T*>(running.data_ptr());
-  const T* const from = static_cast<const T*>(of_batch.data_ptr());
-  const T share = T(momentum), factor = T(scale);
-  for (int64_t i = 0; i < running.size(0); ++i) {
-    const T value = from[i] * factor;  // as torch.lerp has it
-    to[i] = share < T(0.5) ? to[i] + share * (value - to[i]) : value - (value - to[i]) * (T(1) - share);
-  }
-}
-
 void record_moments(const Tensor& running_mean, const Tensor& running_var, const std::optional<Tensor>& tracked,
                     const Tensor& mean, const Tensor& var, int64_t count, double momentum) {
   const char* op = "record_moments";
@@ -214,8 +217,6 @@ void record_moments(const Tensor& running_mean, const Tensor& running_var, const
   }
   if (tracked) ++*static_cast<int64_t*>(tracked->data_ptr());
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
   m.def(

@@ -2,6 +2,7 @@
 #include "binding.h"
 #include "launch.h"
 #include "map_memory.h"
+#include "training_ops.h"
 
 namespace lp {
 namespace {
@@ -65,6 +66,8 @@ IndexList list_of(const std::optional<Tensor>& index, int64_t channels) {
   if (!index) return IndexList{nullptr, channels};
   return IndexList{static_cast<const int64_t*>(index->data_ptr()), index->size(0)};
 }
+
+}  // namespace
 
 Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& gate, const std::optional<Tensor>& live_in,
@@ -172,8 +175,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   }
   return {grad_x, grad_weight, grad_bias, grad_gate, grad_in_gate};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
   m.def(

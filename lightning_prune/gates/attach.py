@@ -224,6 +224,25 @@ class GateHooks:
         for module in self._sites:
             self._restore(module)
 
+    def gate(self, module: nn.Module) -> tuple[bool, Tensor | None]:
+        """Whether a module in training that multiplies its own columns is gated like that and in no other way, and its gate.
+
+        Returns:
+            The gate has shape [inputs], None for no gate: what :data:`IN_GATE` would be during the module's call.
+        """
+        sites = self._sites[module]
+        if self._awake is not None or self._samples is not None or len(sites) != 1:
+            return False, None
+        attribute, site = sites[0]
+        if attribute != "weight" or module.__dict__.get(TAKES_GATES) is None:
+            return False, None
+        multipliers = self._multipliers(module.training)
+        gate = self._runs.piece(multipliers, site.run)
+        if gate is None:
+            gate = site.scale(multipliers, 1 + site.dim).flatten()
+        dtype = module._parameters[attribute].dtype  # type: ignore[union-attr]
+        return True, gate if gate.dtype == dtype else gate.to(dtype)
+
     def _shadow(self, module: nn.Module, args: Any) -> Any:
         awake = self._awake() if self._awake is not None else None
         if self._awake is not None and awake is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.ops import _loading, _norm_library
+from lightning_prune.ops import _conv_norm_library, _loading, _norm_library
 
 NAMESPACE = "lightning_prune"
 # Activations whose derivative is a function of their output; the others need the value before the activation.
@@ -177,6 +177,7 @@ def _register() -> None:
     for device in ("cpu", "cuda"):
         library.register_autocast(f"{NAMESPACE}::masked_conv2d", device, torch.float32)
     _norm_library.register()
+    _conv_norm_library.register(_masked_conv2d_fake, _masked_conv2d_backward_fake)
 
 
 LOADED = _loading.load() is None

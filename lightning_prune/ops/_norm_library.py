@@ -24,12 +24,14 @@ def _map(x: Tensor, wanted: bool = True) -> Tensor:
     )
 
 
-def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of the operator's outputs."""
     channels, dtype = _channels(x, rest, 9), vector_dtype(x)
     return _map(x), x.new_empty((channels,), dtype=dtype), x.new_empty((channels,), dtype=dtype)
 
 
-def _backward_fake(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def backward_fake(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Shapes of the gradients."""
     channels, needs = _channels(x, rest, 15), rest[10:15]
     vectors = (x.new_empty((channels if need else 0,), dtype=vector_dtype(x)) for need in needs[2:])
     return (_map(x, needs[0]), _map(x, needs[1]), *vectors)
@@ -88,8 +90,8 @@ def _no_second_order(ctx: Any, *grads: Tensor) -> Any:
 def register() -> None:
     """Register what belongs to the operator beside its kernels; called once, when the library has loaded."""
     library = torch.library
-    library.register_fake(NAME, _fake)
-    library.register_fake(f"{NAME}_backward", _backward_fake)
+    library.register_fake(NAME, fake)
+    library.register_fake(f"{NAME}_backward", backward_fake)
     library.register_fake("lightning_prune::record_moments", lambda *arguments: None)
     library.register_autograd(NAME, _backward, setup_context=_setup_context)
     library.register_autograd(f"{NAME}_backward", _no_second_order)

@@ -157,7 +157,7 @@ def test_nothing_is_left_behind(always: list[str]) -> None:
         assert len(always) == calls  # a copy is a plain network
     skipper.detach()
     for name, module in model.named_modules():
-        assert set(module.__dict__) == set(before[name]) - {"_compiled_call_impl", "_takes_gates"}
+        assert set(module.__dict__) == set(before[name]) - {"_compiled_call_impl", "_takes_gates", "_paired"}
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
     assert all(not module._forward_hooks_always_called for module in model.modules())

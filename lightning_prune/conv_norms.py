@@ -1,0 +1,226 @@
+"""A convolution and the batch norm that alone reads it as one operator, in a training step.
+
+With few live channels calling two operators, through two modules and two nodes of autograd's graph, takes longer than what
+they compute. Which kernels compute the two is decided apart; where both have been decided for the compiled ones, the next
+call is one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import conv_ways
+from .conv_ways import ConvCall
+from .gates.attach import GateHooks
+from .hooks import HOOKS, SLOT
+from .ops import ACTIVATIONS
+from .ops.availability import extension_available
+
+#: the value of this mark on a convolution is a :class:`Convolution`
+PAIRED = "_paired"
+_FUNCTORCH = torch._C._are_functorch_transforms_active
+_NEEDS = 7  #: tensors that have gradients
+
+
+class Convolution(Protocol):
+    """What is known of a convolution.
+
+    Attributes:
+        pairs: kind of call -> how it is computed together with the norm, None: apart. Whoever changes what lives clears it.
+        hooks: those on the module that do nothing but choose its kernel.
+    """
+
+    pairs: dict[tuple[Any, ...], Pair | None]
+    hooks: tuple[Any, ...]
+
+    def compact(self, x: Any) -> bool:
+        """Whether the maps hold live channels only."""
+
+    def one_way(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
+    ) -> tuple[ConvCall, int] | None:
+        """The call and the one compiled way that all of its parts take; None if they do not, or it is not known yet."""
+
+
+#: running mean, running variance and number of batches, None for those that there are not
+Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Pair(NamedTuple):
+    """How a convolution and its norm are computed in one call.
+
+    Attributes:
+        call: the convolution of the whole parameters.
+        narrow: whether the operator is given their live part alone.
+        compact: whether maps hold live channels only while the operator is given whole parameters.
+        lists: the channels that it computes, of what it is given.
+        geometry: stride, padding, dilation and groups in a row, of what it is given.
+        live: channels of the norm that its map holds, of ``compact_of``; None and 0 for all.
+        statistics: those that it moves.
+    """
+
+    call: ConvCall
+    narrow: bool
+    compact: bool
+    lists: tuple[Tensor | None, Tensor | None]
+    geometry: list[int]
+    live: Tensor | None
+    compact_of: int
+    statistics: Statistics
+
+
+class Site(NamedTuple):
+    """One call: what is ``known`` of the convolution, the kind of call, what :func:`together` takes, and how; None: not yet."""
+
+    known: Convolution
+    kind: tuple[Any, ...]
+    tensors: tuple[Any, ...]
+    pair: Pair | None
+
+
+def pair_of(
+    call: ConvCall,
+    way: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    live: Tensor | None,
+    compact_of: int,
+    statistics: Statistics,
+) -> Pair:
+    """A convolution by ``way`` and a norm whose map holds ``live`` of ``compact_of`` channels, as one call."""
+    narrow, own = not conv_ways.takes_whole(weight, call), call
+    if narrow:
+        with torch.no_grad():
+            own = conv_ways.narrowed(weight, bias, gate, call)[3]
+    geometry = [*own.stride, *own.padding, *own.dilation, own.groups]
+    return Pair(call, narrow, own.compact, own.lists(way), geometry, live, compact_of, statistics)
+
+
+def gate_of(conv: nn.Module, known: Convolution) -> tuple[bool, Tensor | None]:
+    """Whether nobody but gates takes part in the module's call, and the gate on its inputs, shape [inputs] or None."""
+    own = conv.__dict__
+    if "forward" in own or "_conv_forward" in own or own.get(SLOT) is not None:
+        return False, None
+    if own[HOOKS[2]] or own[HOOKS[3]] or "weight" in own:
+        return False, None
+    gates: GateHooks | None = None
+    for name in HOOKS[:2]:
+        for hook in own[name].values():
+            if hook in known.hooks:
+                continue
+            owner = getattr(hook, "__self__", None)
+            if not isinstance(owner, GateHooks) or gates not in (None, owner):
+                return False, None
+            gates = owner
+    return (True, None) if gates is None else gates.gate(conv)
+
+
+def kind_of(known: Convolution, tensors: tuple[Tensor | None, ...], activation: str) -> tuple[Any, ...]:
+    """What a call depends on; ``tensors``: input, residual, and those that may need gradients beside them."""
+    x, residual, *rest = tensors
+    assert x is not None
+    grad = torch.is_grad_enabled()
+    return (
+        x.shape, x.stride(), x.dtype, known.compact(x), activation, None if residual is None else residual.stride(),
+        grad, *[t is not None and t.requires_grad for t in tensors], *[t is None for t in rest],
+    )  # fmt: skip
+
+
+def together(pair: Pair, norm: nn.BatchNorm2d, activation: str, *tensors: Tensor | None) -> Tensor:
+    """The activation of the norm, and of the residual if there is one.
+
+    ``tensors``: x, weight, bias and gate of the convolution, weight and bias of the norm, residual.
+    """
+    # Function.apply looks into every argument for what torch.func wraps.
+    apply = ConvNorm.apply if _FUNCTORCH() else _APPLY
+    result: Tensor = apply(*tensors, pair, norm, activation)
+    return result
+
+
+class ConvNorm(torch.autograd.Function):
+    """The operator; its second derivative, where one is asked for, is that of torch's functions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        pair: Pair,
+        norm: nn.BatchNorm2d,
+        activation: str,
+    ) -> Tensor:
+        """Shapes as the modules have them; records running statistics."""
+        own: tuple[Tensor, Tensor | None, Tensor | None] = (weight, bias, gate)
+        if pair.narrow:
+            own = conv_ways.narrowed(weight, bias, gate, pair.call)[:3]
+        statistics = pair.statistics
+        with torch._C._AutoDispatchBelowAutograd():
+            y, middle, mean, var = _FORWARD(
+                x, *own, *pair.lists, pair.compact, pair.geometry, residual, scale, shift, pair.live, pair.compact_of,
+                norm.eps, activation, *statistics, norm.momentum,
+            )  # fmt: skip
+        if statistics[0] is not None:  # what saved them for its backward pass has to see that they changed
+            torch.autograd.graph.increment_version([t for t in statistics if t is not None])
+        live = own if pair.narrow else ()
+        ctx.save_for_backward(x, weight, bias, gate, scale, shift, residual, middle, mean, var, *live)
+        ctx.settings = pair, norm.eps, activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """All parts at once."""
+        x, weight, bias, gate, scale, shift, residual, middle, mean, var, *own = ctx.saved_tensors
+        pair, eps, activation = ctx.settings
+        (grad,) = grads
+        needs = ctx.needs_input_grad[:_NEEDS]
+        if torch.is_grad_enabled():
+            return _differentiable(grad, ctx.saved_tensors[:_NEEDS], needs, pair, eps, activation)
+        wanted = sum(need << bit for bit, need in enumerate(needs))
+        with torch._C._AutoDispatchBelowAutograd():
+            found = _BACKWARD(
+                grad, middle, mean, var, x, *(own or (weight, bias, gate)), *pair.lists, pair.compact, pair.geometry, residual,
+                scale, shift, pair.live, pair.compact_of, eps, activation, wanted,
+            )  # fmt: skip
+        if own:
+            found = (*conv_ways.widened(found[:4], weight, bias, gate, pair.call, needs[:4]), *found[4:])
+        return (*[g if need else None for g, need in zip(found, needs, strict=True)], None, None, None)
+
+
+def _differentiable(
+    grad: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    pair: Pair,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor | None, ...]:
+    """The gradients by torch's functions, which have derivatives themselves."""
+    # Aliases, because x may come from the residual, or from the same parameters.
+    aliases: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
+    leaves = [t for t, need in zip(aliases, needs, strict=True) if need]
+    x, weight, bias, gate, scale, shift, residual = aliases
+    y = conv_ways.plain(x, weight, bias, gate, pair.call)
+    if pair.live is not None:
+        scale, shift = (None if t is None else t.index_select(0, pair.live) for t in (scale, shift))
+    y = F.batch_norm(y, None, None, scale, shift, True, 0.0, eps)
+    y = ACTIVATIONS[activation](y if residual is None else y + residual)
+    derived = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
+    return (*[next(derived) if need else None for need in needs], None, None, None)
+
+
+_APPLY: Any = super(torch.autograd.Function, ConvNorm).apply
+_FORWARD: Any = None
+_BACKWARD: Any = None
+if extension_available():
+    _FORWARD = torch.ops.lightning_prune.masked_conv_norm_act.default
+    _BACKWARD = torch.ops.lightning_prune.masked_conv_norm_act_backward.default
