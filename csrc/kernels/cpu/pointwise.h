@@ -22,7 +22,8 @@ static inline V clamp(V v, float low, float high) {
   return clamp(v, V{} + low, V{} + high);
 }
 
-// A tile's sums run over contiguous stretches of x: one for a 1x1 convolution, one per row of taps for a staged band.
+// Tiles one behind the other. Their sums run over contiguous stretches of x: one for a 1x1 convolution, one per row of taps for
+// a staged band.
 struct PointwiseTile {
   const float* x;
   int64_t ldx;
@@ -37,6 +38,7 @@ struct PointwiseTile {
   int64_t ldy, count;
   Clamp bounds;
   bool near;  // y is in the cache
+  int64_t tiles;
 };
 
 #if defined(__AVX512F__)
@@ -45,15 +47,20 @@ struct PointwiseTile {
 template <int Full, int MR, int... J>
 static inline __attribute__((always_inline)) void pointwise_pairs(const PointwiseTile& t, std::integer_sequence<int, J...>) {
   using V = typename Simd<float, 64>::reg;
-  V acc[MR] = {}, tail[MR] = {};
-  const float *panel = t.weight, *narrow = t.weight + Full * t.panel_stride;
+  using Half = typename Simd<float, 32>::reg;
+  using Yes = std::true_type;
+  using No = std::false_type;
   constexpr int bases = (MR + 2) / 3;
-  const float* base[bases];
-  const int64_t ld = t.ldx;
-  if (!t.near)
-    for (int j = 0; j < MR; ++j) __builtin_prefetch(t.y + j * t.ldy, 1);
+  const PointwiseTile q = t;  // stores may alias anything behind a reference
+  const int64_t ld = q.ldx, rest = q.count - 16 * Full;
+  const __mmask16 lanes = __mmask16((1u << rest) - 1);
+  const V low = V{} + q.bounds.low, high = V{} + q.bounds.high;
   typedef int Lanes __attribute__((vector_size(64)));
   constexpr Lanes turns = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
+  constexpr Lanes even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  // Even lanes begin with the shift.
+  const V shift = q.shift && Full > 0 ? load<V>(q.shift) : V{};
+  const V last = q.shift ? __builtin_shuffle(V(_mm512_maskz_loadu_ps(lanes, q.shift + 16 * Full)), turns) : V{};
   const auto two = [](const float* p) __attribute__((always_inline)) {
     double pair;
     memcpy(&pair, p, 8);
@@ -63,126 +70,132 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
   const auto add_one = [](V& sum, const float* p, const V& both) __attribute__((always_inline)) {
     sum = V(_mm512_mask3_fmadd_ps(_mm512_set1_ps(*p), __m512(both), __m512(sum), __mmask16(0x5555)));
   };
-  for (int r = 0; r < t.runs; ++r) {
-    for (int i = 0; i < bases; ++i) base[i] = t.x + t.run_at[r] + i * 3 * ld;
-    int64_t k = t.run_length[r];
-    for (; k >= 2; k -= 2) {
-      if constexpr (Full > 0) {
-        const V first = load<V>(panel), second = load<V>(panel + 16);
-        ((acc[J] += base[J / 3][J % 3 * ld] * first), ...);
-        ((acc[J] += base[J / 3][J % 3 * ld + 1] * second), ...);
-        panel += 32;
+  const float *x = q.x, *residual = q.residual;
+  float* y = q.y;
+  for (int64_t tile = 0; tile < q.tiles; ++tile) {
+    V acc[MR] = {((void)J, shift)...}, tail[MR] = {((void)J, last)...};
+    const float *panel = q.weight, *narrow = q.weight + Full * q.panel_stride;
+    const float* base[bases];
+    if (!q.near)
+      for (int j = 0; j < MR; ++j) __builtin_prefetch(y + j * q.ldy, 1);
+    for (int r = 0; r < q.runs; ++r) {
+      for (int i = 0; i < bases; ++i) base[i] = x + q.run_at[r] + i * 3 * ld;
+      int64_t k = q.run_length[r];
+      for (; k >= 2; k -= 2) {
+        if constexpr (Full > 0) {
+          const V first = load<V>(panel), second = load<V>(panel + 16);
+          ((acc[J] += base[J / 3][J % 3 * ld] * first), ...);
+          ((acc[J] += base[J / 3][J % 3 * ld + 1] * second), ...);
+          panel += 32;
+        }
+        const V both = __builtin_shuffle(load<V>(narrow), turns);
+        ((tail[J] += two(base[J / 3] + J % 3 * ld) * both), ...);
+        narrow += 16;
+        for (int i = 0; i < bases; ++i) base[i] += 2;
       }
-      const V both = __builtin_shuffle(load<V>(narrow), turns);
-      ((tail[J] += two(base[J / 3] + J % 3 * ld) * both), ...);
-      narrow += 16;
-      for (int i = 0; i < bases; ++i) base[i] += 2;
+      if (k == 0) continue;
+      if constexpr (Full > 0) {
+        const V first = load<V>(panel);
+        ((acc[J] += base[J / 3][J % 3 * ld] * first), ...);
+        panel += 16;
+      }
+      const V both = __builtin_shuffle(load_panel<V, true>(narrow, true), turns);
+      (add_one(tail[J], base[J / 3] + J % 3 * ld, both), ...);
+      narrow += 8;
     }
-    if (k == 0) continue;
     if constexpr (Full > 0) {
-      const V first = load<V>(panel);
-      ((acc[J] += base[J / 3][J % 3 * ld] * first), ...);
-      panel += 16;
-    }
-    const V both = __builtin_shuffle(load_panel<V, true>(narrow, true), turns);
-    (add_one(tail[J], base[J / 3] + J % 3 * ld, both), ...);
-    narrow += 8;
-  }
-  const PointwiseTile q = t;  // stores may alias anything behind a reference
-  const V low = V{} + q.bounds.low, high = V{} + q.bounds.high;
-  if constexpr (Full > 0) {
-    const V first = q.shift ? load<V>(q.shift) : V{};
-    const auto finish = [&](int j, V value) __attribute__((always_inline)) {
-      value += first;
-      if (q.residual) value += load<V>(q.residual + j * q.ldr);
-      store<V>(q.y + j * q.ldy, clamp(value, low, high));
-    };
-    (finish(J, acc[J]), ...);
-  }
-  // The halves of two pixels are added at once. Stores of half a vector lie in one cache line more often.
-  using Half = typename Simd<float, 32>::reg;
-  constexpr Lanes even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-  const int64_t rest = q.count - 16 * Full;
-  const __mmask16 lanes = __mmask16((1u << rest) - 1);
-  const V last = q.shift ? V(_mm512_maskz_loadu_ps(lanes, q.shift + 16 * Full)) : V{};
-  const V shift = V(_mm512_shuffle_f32x4(__m512(last), __m512(last), 0x44));
-  const auto finish_two = [&](int j, auto whole, auto residual) __attribute__((always_inline)) {
-    constexpr bool Whole = decltype(whole)::value, Residual = decltype(residual)::value;
-    const int k = j + 1 < MR ? j + 1 : j;
-    V value = __builtin_shuffle(tail[j], tail[k], even) + __builtin_shuffle(tail[j], tail[k], even + 1) + shift;
-    if constexpr (Residual) {
-      const auto part = [&](int i) __attribute__((always_inline)) {
-        return _mm256_maskz_loadu_ps(__mmask8(lanes), q.residual + i * q.ldr + 16 * Full);
+      const auto finish = [&](int j, V value) __attribute__((always_inline)) {
+        if (residual) value += load<V>(residual + j * q.ldr);
+        store<V>(y + j * q.ldy, clamp(value, low, high));
       };
-      value += V(_mm512_insertf32x8(_mm512_castps256_ps512(part(j)), part(k), 1));
+      (finish(J, acc[J]), ...);
     }
-    value = clamp(value, low, high);
-    const auto put = [&](int i, __m256 v) __attribute__((always_inline)) {
-      float* y = q.y + i * q.ldy + 16 * Full;
-      if constexpr (Whole)
-        store<Half>(y, Half(v));
-      else
-        _mm256_mask_storeu_ps(y, __mmask8(lanes), v);
+    // The halves of two pixels are added at once. Stores of half a vector lie in one cache line more often.
+    const auto finish_two = [&](int j, auto whole, auto add) __attribute__((always_inline)) {
+      constexpr bool Whole = decltype(whole)::value, Residual = decltype(add)::value;
+      const int k = j + 1 < MR ? j + 1 : j;
+      V value = __builtin_shuffle(tail[j], tail[k], even) + __builtin_shuffle(tail[j], tail[k], even + 1);
+      if constexpr (Residual) {
+        const auto part = [&](int i) __attribute__((always_inline)) {
+          return _mm256_maskz_loadu_ps(__mmask8(lanes), residual + i * q.ldr + 16 * Full);
+        };
+        value += V(_mm512_insertf32x8(_mm512_castps256_ps512(part(j)), part(k), 1));
+      }
+      value = clamp(value, low, high);
+      const auto put = [&](int i, __m256 v) __attribute__((always_inline)) {
+        float* to = y + i * q.ldy + 16 * Full;
+        if constexpr (Whole)
+          store<Half>(to, Half(v));
+        else
+          _mm256_mask_storeu_ps(to, __mmask8(lanes), v);
+      };
+      put(j, _mm512_castps512_ps256(__m512(value)));
+      if (k != j) put(k, _mm512_extractf32x8_ps(__m512(value), 1));
     };
-    put(j, _mm512_castps512_ps256(__m512(value)));
-    if (k != j) put(k, _mm512_extractf32x8_ps(__m512(value), 1));
-  };
-  using Yes = std::true_type;
-  using No = std::false_type;
-  if (q.residual)
-    ((J % 2 == 0 ? finish_two(J, No(), Yes()) : void()), ...);
-  else if (rest == 8)
-    ((J % 2 == 0 ? finish_two(J, Yes(), No()) : void()), ...);
-  else
-    ((J % 2 == 0 ? finish_two(J, No(), No()) : void()), ...);
+    if (residual)
+      ((J % 2 == 0 ? finish_two(J, No(), Yes()) : void()), ...);
+    else if (rest == 8)
+      ((J % 2 == 0 ? finish_two(J, Yes(), No()) : void()), ...);
+    else
+      ((J % 2 == 0 ? finish_two(J, No(), No()) : void()), ...);
+    x += MR * ld;
+    y += MR * q.ldy;
+    if (residual) residual += MR * q.ldr;
+  }
 }
 #endif
 
 template <int Bytes, int W, int P, bool Tail, int MR, int... I>
 static inline __attribute__((always_inline)) void pointwise_body(const PointwiseTile& t, std::integer_sequence<int, I...>) {
   using V = typename Simd<float, Bytes>::reg;
+  using Yes = std::true_type;
+  using No = std::false_type;
   constexpr int L = Simd<float, Bytes>::lanes, per_panel = W / L, NV = per_panel * P;
-  V acc[MR * NV] = {};
-  const float* panel[P];
-  for (int i = 0; i < P; ++i) panel[i] = t.weight + i * t.panel_stride;
   // One pointer for three rows: more would not fit the integer registers.
   constexpr int bases = (MR + 2) / 3;
-  const float* base[bases];
-  const int64_t ld = t.ldx;
-  // The output lines arrive while the sums are computed.
-  for (int j = 0; j < MR && !t.near; ++j) {
-    __builtin_prefetch(t.y + j * t.ldy, 1);
-    if constexpr (W * P > 16) __builtin_prefetch(t.y + j * t.ldy + 16, 1);
-  }
-  for (int r = 0; r < t.runs; ++r) {
-    for (int i = 0; i < bases; ++i) base[i] = t.x + t.run_at[r] + i * 3 * ld;
-    for (int64_t k = t.run_length[r]; k > 0; --k) {
-      V b[NV];
-      for (int v = 0; v < NV; ++v) b[v] = load_panel<V, Tail>(panel[v / per_panel] + v % per_panel * L, v == NV - 1);
-      ((acc[I] += base[I / NV / 3][I / NV % 3 * ld] * b[I % NV]), ...);
-      for (int i = 0; i < P; ++i) panel[i] += Tail && i == P - 1 ? 8 : W;
-      for (int i = 0; i < bases; ++i) ++base[i];
-    }
-  }
   const PointwiseTile q = t;  // stores may alias anything behind a reference
+  const int64_t ld = q.ldx;
+  const V low = V{} + q.bounds.low, high = V{} + q.bounds.high;
   V shift[NV] = {};
   if (q.shift)
     for (int v = 0; v < NV; ++v)
       if (q.count > v * L) shift[v] = load_part<V>(q.shift + v * L, q.count - v * L);
-  const V low = V{} + q.bounds.low, high = V{} + q.bounds.high;
-  const auto finish = [&](int j, int v, V value, auto whole, auto residual) __attribute__((always_inline)) {
-    const int64_t lanes = decltype(whole)::value ? L : q.count - v * L;
-    if (lanes <= 0) return;
-    value += shift[v];
-    if constexpr (decltype(residual)::value) value += load_part<V>(q.residual + j * q.ldr + v * L, lanes);
-    store_part<V>(q.y + j * q.ldy + v * L, clamp(value, low, high), lanes);
-  };
-  using Yes = std::true_type;
-  using No = std::false_type;
-  if (q.count == W * P)
-    q.residual ? (finish(I / NV, I % NV, acc[I], Yes(), Yes()), ...) : (finish(I / NV, I % NV, acc[I], Yes(), No()), ...);
-  else
-    q.residual ? (finish(I / NV, I % NV, acc[I], No(), Yes()), ...) : (finish(I / NV, I % NV, acc[I], No(), No()), ...);
+  const float *x = q.x, *residual = q.residual;
+  float* y = q.y;
+  for (int64_t tile = 0; tile < q.tiles; ++tile) {
+    V acc[MR * NV] = {shift[I % NV]...};
+    const float* panel[P];
+    for (int i = 0; i < P; ++i) panel[i] = q.weight + i * q.panel_stride;
+    const float* base[bases];
+    // The output lines arrive while the sums are computed.
+    for (int j = 0; j < MR && !q.near; ++j) {
+      __builtin_prefetch(y + j * q.ldy, 1);
+      if constexpr (W * P > 16) __builtin_prefetch(y + j * q.ldy + 16, 1);
+    }
+    for (int r = 0; r < q.runs; ++r) {
+      for (int i = 0; i < bases; ++i) base[i] = x + q.run_at[r] + i * 3 * ld;
+      for (int64_t k = q.run_length[r]; k > 0; --k) {
+        V b[NV];
+        for (int v = 0; v < NV; ++v) b[v] = load_panel<V, Tail>(panel[v / per_panel] + v % per_panel * L, v == NV - 1);
+        ((acc[I] += base[I / NV / 3][I / NV % 3 * ld] * b[I % NV]), ...);
+        for (int i = 0; i < P; ++i) panel[i] += Tail && i == P - 1 ? 8 : W;
+        for (int i = 0; i < bases; ++i) ++base[i];
+      }
+    }
+    const auto finish = [&](int j, int v, V value, auto whole, auto add) __attribute__((always_inline)) {
+      const int64_t lanes = decltype(whole)::value ? L : q.count - v * L;
+      if (lanes <= 0) return;
+      if constexpr (decltype(add)::value) value += load_part<V>(residual + j * q.ldr + v * L, lanes);
+      store_part<V>(y + j * q.ldy + v * L, clamp(value, low, high), lanes);
+    };
+    if (q.count == W * P)
+      residual ? (finish(I / NV, I % NV, acc[I], Yes(), Yes()), ...) : (finish(I / NV, I % NV, acc[I], Yes(), No()), ...);
+    else
+      residual ? (finish(I / NV, I % NV, acc[I], No(), Yes()), ...) : (finish(I / NV, I % NV, acc[I], No(), No()), ...);
+    x += MR * ld;
+    y += MR * q.ldy;
+    if (residual) residual += MR * q.ldr;
+  }
 }
 
 using PointwiseFn = void (*)(const PointwiseTile&);
@@ -249,14 +262,17 @@ template <int W, int P, bool Tail = false>
 static void pointwise_rows(PointwiseTile t, int64_t rows) {
   const PointwiseSet& set = pointwise_set<W, P, Tail>();
   const int64_t tiles = (rows + set.max - 1) / set.max;
-  const PointwiseTile start = t;
+  if (tiles == 0) return;
   const bool pairs = set.pairs[1] != nullptr;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t row = rows * i / tiles, size = rows * (i + 1) / tiles - row;
-    t.x = start.x + row * t.ldx;
-    t.y = start.y + row * t.ldy;
-    if (t.residual) t.residual = start.residual + row * t.ldr;
+  // As even as possible: some tiles of one pixel more, then the others.
+  for (const int64_t more : {1, 0}) {
+    const int64_t size = rows / tiles + more;
+    t.tiles = more ? rows % tiles : tiles - rows % tiles;
+    if (t.tiles == 0) continue;
     (pairs ? set.pairs : set.fn)[size](t);
+    t.x += t.tiles * size * t.ldx;
+    t.y += t.tiles * size * t.ldy;
+    if (t.residual) t.residual += t.tiles * size * t.ldr;
   }
 }
 
@@ -302,6 +318,9 @@ static void pointwise_panels(PointwiseTile t, const float* weight, const float* 
   }
 }
 
+// What another layer has just used and is no larger is still in L2: fetching it ahead only takes time.
+constexpr int64_t kNearBytes = int64_t(512) << 10;
+
 static void pointwise(const TapConv& p, const Env& env) {
   const PanelOutputs to = panel_outputs(p, env);
   const int64_t pixels = p.n * p.rows * p.cols, inputs = p.in_begin[1], outputs = to.count;
@@ -331,12 +350,13 @@ static void pointwise(const TapConv& p, const Env& env) {
     t.run_at = &begin;
     t.run_length = &inputs;
     t.bounds = bounds;
+    t.near = p.out_room && pixels * t.ldy * 4 <= kNearBytes;
     const float* x = static_cast<const float*>(p.x.data) + p.in_channel[0] + first * t.ldx;
     float* y = static_cast<float*>(p.out.data) + p.out_channel[0] + at + first * t.ldy;
     const float* residual = static_cast<const float*>(p.residual.data);
     if (residual) residual += p.out_channel[0] + at + first * t.ldr;
-    pointwise_panels(t, static_cast<const float*>(p.weight) + at * inputs, to.shift ? to.shift + at : nullptr, inputs, some, 1, rows,
-                     [&](int64_t, PointwiseTile& tile) {
+    pointwise_panels(t, static_cast<const float*>(p.weight) + at * inputs, to.shift ? to.shift + at : nullptr, inputs, some, 1,
+                     rows, [&](int64_t, PointwiseTile& tile) {
                        tile.x = x;
                        tile.y = y;
                        tile.residual = residual;
