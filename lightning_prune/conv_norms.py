@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import conv_ways
 from .conv_ways import ConvCall
 from .gates.attach import GateHooks
-from .hooks import HOOKS, SLOT
+from .hooks import SLOT
 from .ops import ACTIVATIONS
 from .ops.availability import extension_available
 
@@ -32,10 +32,12 @@ class Convolution(Protocol):
     Attributes:
         pairs: kind of call -> how it is computed together with the norm, None: apart. Whoever changes what lives clears it.
         hooks: those on the module that do nothing but choose its kernel.
+        heard: keys of the hooks on the module, whether those beside ``hooks`` are gates, and whose; None: not looked at yet.
     """
 
     pairs: dict[tuple[Any, ...], Pair | None]
     hooks: tuple[Any, ...]
+    heard: tuple[tuple[int, ...], bool, GateHooks | None] | None
 
     def compact(self, x: Any) -> bool:
         """Whether the maps hold live channels only."""
@@ -104,30 +106,35 @@ def pair_of(
 def gate_of(conv: nn.Module, known: Convolution) -> tuple[bool, Tensor | None]:
     """Whether nobody but gates takes part in the module's call, and the gate on its inputs, shape [inputs] or None."""
     own = conv.__dict__
-    if "forward" in own or "_conv_forward" in own or own.get(SLOT) is not None:
+    if "forward" in own or "_conv_forward" in own or "weight" in own or own.get(SLOT) is not None:
         return False, None
-    if own[HOOKS[2]] or own[HOOKS[3]] or "weight" in own:
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False, None
-    gates: GateHooks | None = None
-    for name in HOOKS[:2]:
-        for hook in own[name].values():
-            if hook in known.hooks:
-                continue
-            owner = getattr(hook, "__self__", None)
-            if not isinstance(owner, GateHooks) or gates not in (None, owner):
-                return False, None
-            gates = owner
-    return (True, None) if gates is None else gates.gate(conv)
+    before, after = own["_forward_pre_hooks"], own["_forward_hooks"]
+    keys = (*before, 0, *after)  # no two hooks have the same key
+    if known.heard is None or known.heard[0] != keys:
+        hooks = [hook for hook in (*before.values(), *after.values()) if hook not in known.hooks]
+        owners = {getattr(hook, "__self__", None) for hook in hooks}
+        alone = len(owners) <= 1 and all(isinstance(owner, GateHooks) for owner in owners)
+        known.heard = keys, alone, owners.pop() if alone and owners else None
+    _, alone, gates = known.heard
+    return (alone, None) if gates is None else gates.gate(conv)
 
 
 def kind_of(known: Convolution, tensors: tuple[Tensor | None, ...], activation: str) -> tuple[Any, ...]:
-    """What a call depends on; ``tensors``: input, residual, and those that may need gradients beside them."""
-    x, residual, *rest = tensors
+    """What a call depends on: all that decides about kernels, and which tensors there are and need gradients.
+
+    ``tensors``: as :func:`together` takes them.
+    """
+    x, weight, bias, gate, scale, shift, residual = tensors
     assert x is not None
-    grad = torch.is_grad_enabled()
+    assert weight is not None
     return (
-        x.shape, x.stride(), x.dtype, known.compact(x), activation, None if residual is None else residual.stride(),
-        grad, *[t is not None and t.requires_grad for t in tensors], *[t is None for t in rest],
+        x.shape, x.stride(), x.dtype, known.compact(x), activation, torch.is_grad_enabled(),
+        x.requires_grad, weight.requires_grad,
+        bias if bias is None else bias.requires_grad, gate if gate is None else gate.requires_grad,
+        scale if scale is None else scale.requires_grad, shift if shift is None else shift.requires_grad,
+        residual if residual is None else (residual.shape, residual.stride(), residual.requires_grad),
     )  # fmt: skip
 
 

@@ -57,7 +57,10 @@ class ForwardCall(ExchangedCall):
 
     def __init__(self, module: nn.Module, run: Callable[..., Any], seen: dict[str, Any]) -> None:
         super().__init__(module)
-        self._run, self._seen = run, tuple(seen.items())
+        self._run = run
+        own = module._modules
+        self._children = tuple((name, value) for name, value in seen.items() if name in own)
+        self._seen = tuple((name, value) for name, value in seen.items() if name not in own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Shapes as the forward has them."""
@@ -73,6 +76,10 @@ class ForwardCall(ExchangedCall):
             return False
         if torch._C._len_torch_function_stack():
             return False
+        own, children = module.__dict__, module._modules
+        for name, value in self._children:  # what getattr finds, in a fifth of its time
+            if children.get(name) is not value or name in own:
+                return False
         return all(getattr(module, name, None) is value for name, value in self._seen)
 
 

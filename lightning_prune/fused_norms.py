@@ -248,8 +248,11 @@ class _NormCall(ExchangedCall):
         return None if norm.momentum is None else found
 
     def _moves(self, statistics: Statistics) -> bool:
-        own = self._statistics()
-        return own is not None and all(a is b for a, b in zip(own, statistics, strict=True))
+        found = self._statistics()
+        if found is None:
+            return False
+        mean, var, tracked = statistics
+        return found[0] is mean and found[1] is var and found[2] is tracked
 
     def remember(self, site: Site, middle: Tensor) -> None:
         """Both parts have been computed, apart, by way of ``middle``: may it be one call from now on?"""

@@ -72,7 +72,15 @@ def compiled(module: nn.Module) -> bool:
 
 def hooked(module: nn.Module) -> bool:
     """Whether a module has hooks of any kind."""
-    return any(getattr(module, name) for name in HOOKS) or bool(internals._has_any_global_hook())
+    own = module.__dict__
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
+        return True
+    return bool(internals._has_any_global_hook())
 
 
 def only_plain_calls(device: str, *, cast: bool = True) -> bool:

@@ -54,6 +54,7 @@ class LiveMaps:
         self._linear: dict[nn.Linear, _Linear] = {}
         self._calls: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
+        self._private: dict[nn.Module, tuple[int, ...]] = {}  # keys of hooks that nobody else listens by
         self._possible = False
         self._device = next((p.device.type for p in model.parameters()), "cpu")
         self.running = self._last = False
@@ -110,7 +111,23 @@ class LiveMaps:
             return False
         if any(isinstance(a, Tensor) and a.device.type != self._device for a in args):
             return False
-        return not any(_hooked(module) for module in self._inside)
+        return not any(self._listened(module) for module in self._inside)
+
+    def _listened(self, module: nn.Module) -> bool:
+        """:func:`_hooked`, remembered for the same hooks: no two have the same key."""
+        own = module.__dict__
+        if "forward" in own or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+        after, before = own["_forward_hooks"], own["_forward_pre_hooks"]
+        if not after and not before:
+            return False
+        keys = (*after, 0, *before)
+        if self._private.get(module) == keys:
+            return False
+        if _hooked(module):
+            return True
+        self._private[module] = keys
+        return False
 
     def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``call`` with compact maps."""

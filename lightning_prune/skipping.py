@@ -24,7 +24,7 @@ from .compaction.apply import clone_model
 from .conv_norms import PAIRED, Pair
 from .conv_ways import ALL_PLAIN, FULL, PLAIN, SKIP, Choice, ConvCall, ReusedMemory, SkippedConv
 from .fused_norms import FusedNorms
-from .gates.attach import IN_GATE, LIVE_INPUTS, TAKES_GATES
+from .gates.attach import IN_GATE, LIVE_INPUTS, TAKES_GATES, GateHooks
 from .hooks import Marker, PrivateHook, only_plain_calls
 from .inputs import ExampleInputs, floating_dtype, to_model
 from .live_maps import LiveMaps, aligned_groups, live_indices, norm_channels
@@ -55,7 +55,7 @@ class _Layer:
         share: of the multiply-accumulates that live.
         wanted: whether maps that come out of it hold live channels only.
         memory: for the gradient of its weight.
-        hooks, pairs: see :class:`lightning_prune.conv_norms.Convolution`.
+        hooks, heard, pairs: see :class:`lightning_prune.conv_norms.Convolution`.
         verdicts: kind of call -> step of ``share`` at which it was measured, and what came out.
     """
 
@@ -70,6 +70,7 @@ class _Layer:
     wanted: Callable[[], bool] = lambda: False
     memory: ReusedMemory = field(default_factory=ReusedMemory)
     hooks: tuple[Any, ...] = ()
+    heard: tuple[tuple[int, ...], bool, GateHooks | None] | None = None
     pairs: dict[tuple[Any, ...], Pair | None] = field(default_factory=dict)
     verdicts: dict[tuple[Any, ...], tuple[int, Choice]] = field(default_factory=dict)
 

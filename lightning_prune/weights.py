@@ -12,6 +12,7 @@ from .channels.groups import ChannelGraph, Mask
 from .channels.trace import named_tensors
 from .compaction import CompactionPlan, zeroed_slices
 from .gates.attach import consumer_sites
+from .ops.availability import extension_available
 
 #: integers by bytes
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,6 +62,12 @@ class WeightKeeper:
     def zero_dead(self) -> None:
         """Set everything that belongs to dead channels to zero: momentum must not bring them back."""
         # As bits, which takes a fifth of the time of filling by index, and infinities with it.
+        if self._dead and extension_available() and all(t.device.type == "cpu" for t, _ in self._dead):
+            tensors = [tensor for tensor, _ in self._dead]
+            with torch._C._AutoDispatchBelowAutograd():
+                torch.ops.lightning_prune.keep_bits.default(tensors, [keep for _, keep in self._dead])
+            torch.autograd.graph.increment_version(tensors)
+            return
         for tensor, keep in self._dead:
             tensor.view(keep.dtype).bitwise_and_(keep)
 

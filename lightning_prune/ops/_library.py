@@ -172,6 +172,7 @@ def _register() -> None:
     library.register_fake(f"{NAMESPACE}::masked_conv2d_backward", _masked_conv2d_backward_fake)
     library.register_fake(f"{NAMESPACE}::pack_conv2d_weight", _pack_fake)
     library.register_fake(f"{NAMESPACE}::compact_conv2d", _compact_conv2d_fake)
+    library.register_fake(f"{NAMESPACE}::keep_bits", lambda tensors, keep: None)
     library.register_autograd(f"{NAMESPACE}::masked_conv2d", _backward, setup_context=_setup_context)
     library.register_autograd(f"{NAMESPACE}::masked_conv2d_backward", _no_second_order)
     for device in ("cpu", "cuda"):

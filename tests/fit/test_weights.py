@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune import CompactionPlan, mask_channels, trace_channels
+from lightning_prune import CompactionPlan, mask_channels, trace_channels, weights
 from lightning_prune.weights import WeightKeeper
 
 
@@ -28,10 +28,11 @@ class Net(nn.Module):
         return self.head(torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_what_is_dead_is_zero_and_nothing_else(
-    dtype: torch.dtype, memory_format: torch.memory_format
+    dtype: torch.dtype, memory_format: torch.memory_format, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(2, 3, 4, 4)
     model = Net()
@@ -44,6 +45,8 @@ def test_what_is_dead_is_zero_and_nothing_else(
     before = copy.deepcopy(model.state_dict())
     keeper = WeightKeeper(model, graph)
     keeper.set_mask(mask)
+    if not compiled:
+        monkeypatch.setattr(weights, "extension_available", lambda: False)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             dead = (expected[name] == 0) & (before[name] != 0)
@@ -51,7 +54,10 @@ def test_what_is_dead_is_zero_and_nothing_else(
                 tensor[dead] = (
                     float("nan") if "bias" in name else float("inf")
                 )  # no multiplication removes these
+    before_call = [tensor._version for tensor, _ in keeper._dead]
     keeper.zero_dead()
+    # Whoever saved a tensor for a backward pass sees that it has changed.
+    assert all(tensor._version > old for (tensor, _), old in zip(keeper._dead, before_call, strict=True))
     assert sum(int((e == 0).sum()) for e in expected.values()) > 50
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
