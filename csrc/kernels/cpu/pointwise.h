@@ -57,6 +57,7 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
   const V low = V{} + q.bounds.low, high = V{} + q.bounds.high;
   typedef int Lanes __attribute__((vector_size(64)));
   constexpr Lanes turns = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
+  constexpr Lanes twice = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
   constexpr Lanes even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
   // Even lanes begin with the shift.
   const V shift = q.shift && Full > 0 ? load<V>(q.shift) : V{};
@@ -65,10 +66,6 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
     double pair;
     memcpy(&pair, p, 8);
     return V(_mm512_castpd_ps(_mm512_set1_pd(pair)));
-  };
-  // Even lanes alone: what is infinite must not meet weights of zero.
-  const auto add_one = [](V& sum, const float* p, const V& both) __attribute__((always_inline)) {
-    sum = V(_mm512_mask3_fmadd_ps(_mm512_set1_ps(*p), __m512(both), __m512(sum), __mmask16(0x5555)));
   };
   const float *x = q.x, *residual = q.residual;
   float* y = q.y;
@@ -88,7 +85,7 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
           ((acc[J] += base[J / 3][J % 3 * ld + 1] * second), ...);
           panel += 32;
         }
-        const V both = __builtin_shuffle(load<V>(narrow), turns);
+        const V both = in_register(__builtin_shuffle(load<V>(narrow), turns));
         ((tail[J] += two(base[J / 3] + J % 3 * ld) * both), ...);
         narrow += 16;
         for (int i = 0; i < bases; ++i) base[i] += 2;
@@ -99,8 +96,9 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
         ((acc[J] += base[J / 3][J % 3 * ld] * first), ...);
         panel += 16;
       }
-      const V both = __builtin_shuffle(load_panel<V, true>(narrow, true), turns);
-      (add_one(tail[J], base[J / 3] + J % 3 * ld, both), ...);
+      // A last input goes to both halves with half of its weight: what is infinite must not meet weights of zero.
+      const V both = in_register(__builtin_shuffle(load_panel<V, true>(narrow, true), twice) * 0.5f);
+      ((tail[J] += base[J / 3][J % 3 * ld] * both), ...);
       narrow += 8;
     }
     if constexpr (Full > 0) {
