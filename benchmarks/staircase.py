@@ -212,6 +212,8 @@ def main() -> None:
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         for number, (scope, kind) in enumerate((scope, kind) for scope in SCOPES for kind in KINDS):
             channels, many = widths(scope, options.quick), scope == "in a network"
+            calls = {}
+            gc.collect()  # no runtime's remains in the heap of the next ones
             calls = networks(kind, channels, peers, Path(folder)) if many else single(kind, channels, peers)
             deadline = begin + options.seconds * (number + 1) / parts
             times = take_turns(calls, 5 if options.quick else options.rounds, 0.001, deadline)

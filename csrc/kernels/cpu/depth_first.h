@@ -21,6 +21,8 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
   memset(zeros, 0, size_t(row_floats) * 4);
   float* scratch = static_cast<float*>(env.alloc(env.owner, size_t(slots * slot_floats) * 4));
   const Clamp expand_bounds = clamp_of(p.expand.act), bounds = clamp_of(p.depthwise.act), last_bounds = clamp_of(p.project.act);
+  const PanelOutputs inner_to = panel_outputs(env, p.expand.shift, p.inner, true);
+  const PanelOutputs to = panel_outputs(env, p.project.shift, p.outputs, p.out_room);
   const int64_t one = 0;
   run_tasks(env, tasks, [&](int slot, int64_t index) {
     const int64_t n = index / bands, band = index % bands;
@@ -59,7 +61,7 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
     last.run_at = &one;
     last.run_length = &p.inner;
     last.bounds = last_bounds;
-    last.near = false;
+    last.near = p.out_room && p.n * p.rows * p.out.h * 4 <= kNearBytes;
     const int64_t end = p.rows * (band + 1) / bands;
     int64_t next = 0;  // row of the input that has not been expanded yet
     for (int64_t row = p.rows * band / bands; row < end; row += strip) {
@@ -67,7 +69,7 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
       if (expand) {
         const int64_t begin = std::max(next, row * p.stride - 1), stop = std::min(p.height, (row + rows - 1) * p.stride + 2);
         next = stop;
-        pointwise_panels(first, p.expand.weight, p.expand.shift, p.inputs, p.inner, stop - begin, p.width,
+        pointwise_panels(first, p.expand.weight, inner_to.shift, p.inputs, inner_to.count, stop - begin, p.width,
                          [&](int64_t line, PointwiseTile& t) {
                            t.x = x + (begin + line) * p.x.h;
                            t.y = ring + (begin + line) % ring_rows * ring_row + step;
@@ -91,12 +93,11 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
       float* y = static_cast<float*>(p.out.data) + n * p.out.n + row * p.out.h;
       const float* residual = static_cast<const float*>(p.residual.data);
       if (residual) residual += n * p.residual.n + row * p.residual.h;
-      pointwise_panels(last, p.project.weight, p.project.shift, p.inner, p.outputs, 1, rows * p.cols,
-                       [&](int64_t, PointwiseTile& t) {
-                         t.x = inner;
-                         t.y = y;
-                         t.residual = residual;
-                       });
+      pointwise_panels(last, p.project.weight, to.shift, p.inner, to.count, 1, rows * p.cols, [&](int64_t, PointwiseTile& t) {
+        t.x = inner;
+        t.y = y;
+        t.residual = residual;
+      });
       if (!last_bounds.complete) activate_rows(p.project.act, y, p.out.w, rows * p.cols, p.outputs);
     }
   });

@@ -245,9 +245,8 @@ struct PanelOutputs {
   int64_t count;
   const float* shift;
 };
-static PanelOutputs panel_outputs(const TapConv& p, const Env& env) {
-  const int64_t exact = p.out_begin[1], count = p.out_room && p.groups == 1 ? round_up(exact, 8) : exact;
-  const float* shift = static_cast<const float*>(p.shift);
+static PanelOutputs panel_outputs(const Env& env, const float* shift, int64_t exact, bool room) {
+  const int64_t count = room ? round_up(exact, 8) : exact;
   if (count == exact || !shift) return {count, shift};
   float* copy = static_cast<float*>(env.alloc(env.owner, size_t(count) * 4));
   memset(copy, 0, size_t(count) * 4);
@@ -320,7 +319,7 @@ static void pointwise_panels(PointwiseTile t, const float* weight, const float* 
 constexpr int64_t kNearBytes = int64_t(512) << 10;
 
 static void pointwise(const TapConv& p, const Env& env) {
-  const PanelOutputs to = panel_outputs(p, env);
+  const PanelOutputs to = panel_outputs(env, static_cast<const float*>(p.shift), p.out_begin[1], p.out_room);
   const int64_t pixels = p.n * p.rows * p.cols, inputs = p.in_begin[1], outputs = to.count;
   const Clamp bounds = clamp_of(p.act);
   // Few weights: they stay in L2, and a block of rows in L1 while all panels pass over it. Many: the rows stay in L2.

@@ -103,6 +103,8 @@ void run_depth_first(const Segment& s, const SegmentStep* first, const SegmentSt
   p.x_room = has_room(first->in, first->in_step, first->channels);
   p.out = b.at(last->out, last->out_step, last->out_h, last->out_w);
   if (last->residual != kNone) p.residual = b.at(last->residual, last->residual_step, last->out_h, last->out_w);
+  p.out_room = has_room(last->out, last->out_step, last->outputs) &&
+               (last->residual == kNone || has_room(last->residual, last->residual_step, last->outputs));
   p.n = images;
   p.inputs = first->channels;
   p.inner = depthwise.channels;

@@ -82,8 +82,7 @@ struct MeanPool {
 };
 
 // 1x1 (weight nullptr: none), depthwise 3x3 of padding 1, 1x1 on float32 maps of consecutive channels, whose rows of pixels
-// lie one behind the other. inputs == inner where the first is missing; x_room: then lanes behind x's channels up to a multiple
-// of 8 may be read.
+// lie one behind the other. inputs == inner where the first is missing; x_room, out_room: as of TapConv.
 struct InvertedResidual {
   struct Layer {
     const float *weight, *shift;
@@ -92,7 +91,7 @@ struct InvertedResidual {
   View x, out, residual;
   int64_t n, inputs, inner, outputs, height, width, rows, cols, stride;
   Layer expand, depthwise, project;
-  bool x_room;
+  bool x_room, out_room;
 };
 
 // A map of a half type and its dense channels-last float32 copy.
