@@ -3,7 +3,7 @@
 // channels: the convolution with stride G and a kernel wider by G - 1, whose weight is the same taps, shifted by one for each
 // column, among zeros. Three quarters of the products are real for two columns of a 3x3 kernel.
 #pragma once
-#include "winograd_choice.h"
+#include "plane_cases.h"
 
 namespace lp {
 
@@ -75,10 +75,8 @@ bool forward_by_columns(const MaskedForward& f, const Env& env, Run&& run) {
 }
 
 // The input gradient at stride 1 is the convolution of the output's gradient with the mirrored weight.
-template <class Run>
-bool input_grad_by_columns(const MaskedBackward& f, const View& grad, const Env& env, Run&& run) {
+inline MaskedForward mirrored(const MaskedBackward& f, const View& grad) {
   const ConvShape& s = f.shape;
-  if (s.stride_h != 1 || s.stride_w != 1 || s.groups != 1) return false;
   MaskedForward p{};
   p.shape = s;
   p.dtype = f.dtype;
@@ -101,7 +99,15 @@ bool input_grad_by_columns(const MaskedBackward& f, const View& grad, const Env&
   p.live_out = f.live_in;
   p.act = Act::none;
   p.algorithm = f.algorithm;
-  return forward_by_columns(p, env, run);
+  return p;
+}
+
+template <class Run>
+bool input_grad_by_columns(const MaskedBackward& f, const View& grad, const Env& env, Run&& run) {
+  const ConvShape& s = f.shape;
+  if (f.dtype != DType::f32 || s.stride_h != 1 || s.stride_w != 1 || s.groups != 1) return false;
+  const MaskedForward p = mirrored(f, grad);
+  return plane_forward(p, env) || forward_by_columns(p, env, run);
 }
 
 // The input gradient of 3x3 at stride 2: two neighbouring columns of it are one column of twice the channels, and one of the
@@ -183,31 +189,18 @@ bool weight_grad_by_columns(const MaskedBackward& f, const View& grad, const Env
   View columns = grad;
   columns.w = grad.w * together;
   run(p, columns);
-  const float *gate = static_cast<const float*>(f.gate), *in_gate = static_cast<const float*>(f.in_gate);
-  const int64_t* step = f.grad_weight_strides;
-  for (int64_t o = 0; o < s.outputs; ++o) {
-    const float scale = gate ? gate[o] : 1.0f;
-    float sum = 0, products = 0;
-    for (int64_t g = 0; g < together; ++g) sum += sums[g * s.outputs + o];
-    for (int64_t kh = 0; kh < s.kh; ++kh)
-      for (int64_t kw = 0; kw < s.kw; ++kw)
-        for (int64_t c = 0; c < s.channels; ++c) {
-          float value = 0;
-          for (int64_t g = 0; g < together; ++g)
-            value += raw[(g * s.outputs + o) * steps[0] + kh * steps[2] + (kw + g) * steps[3] + c];
-          const float in_scale = in_gate ? in_gate[c] : 1.0f;
-          const View& w = f.weight;
-          const float product = value * static_cast<const float*>(w.data)[o * w.n + c * w.c + kh * w.h + kw * w.w];
-          products += product * in_scale;
-          if (f.grad_in_gate) static_cast<float*>(f.grad_in_gate)[c] += product * scale;
-          if (f.grad_weight)
-            static_cast<float*>(f.grad_weight)[o * step[0] + c * step[1] + kh * step[2] + kw * step[3]] =
-                value * scale * in_scale;
-        }
-    if (f.grad_bias) static_cast<float*>(f.grad_bias)[o] = scale * sum;
-    if (f.grad_gate)
-      static_cast<float*>(f.grad_gate)[o] = products + (f.bias ? static_cast<const float*>(f.bias)[o] * sum : 0.0f);
-  }
+  const auto over_columns = [&](auto&& value) {
+    float sum = 0;
+    for (int64_t g = 0; g < together; ++g) sum += value(g);
+    return sum;
+  };
+  finish_sums(
+      f,
+      [&](int64_t o, int64_t kh, int64_t kw, int64_t c) {
+        return over_columns(
+            [&](int64_t g) { return raw[(g * s.outputs + o) * steps[0] + kh * steps[2] + (kw + g) * steps[3] + c]; });
+      },
+      [&](int64_t o) { return over_columns([&](int64_t g) { return sums[g * s.outputs + o]; }); });
   return true;
 }
 

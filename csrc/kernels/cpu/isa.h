@@ -39,6 +39,7 @@ namespace LP_ISA {
 #include "winograd_transforms.h"
 #include "winograd_lanes.h"
 #include "winograd_lanes_grad.h"
+#include "plane_training.h"
 #include "winograd.h"
 #include "weight_grad.h"
 #include "winograd_training.h"
@@ -66,6 +67,7 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
                                    LP_ISA::winograd_weight,
                                    LP_ISA::winograd_weight_grad,
                                    {LP_ISA::small_map_forward, LP_ISA::small_map_input_grad, LP_ISA::small_map_weight_grad},
+                                   {LP_ISA::plane_forward, LP_ISA::plane_weight_grad},
                                    LP_ISA::live_rows,
                                    LP_ISA::max_pool,
                                    LP_ISA::mean_pool,

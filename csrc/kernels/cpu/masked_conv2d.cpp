@@ -208,7 +208,7 @@ void pack_transformed(TapConv& p, const Env& env, const ConvShape& s, const View
 
 template <class T>
 void forward(const MaskedForward& f, const Env& env) {
-  if (small_map_forward(f, env)) return;
+  if (small_map_forward(f, env) || plane_forward(f, env)) return;
   if (forward_by_columns(f, env, [&](const MaskedForward& p) { forward<T>(p, env); })) return;
   const Taps taps = forward_taps(env, f.shape);
   TapConv p = forward_geometry(f.shape, f.x, taps);
@@ -494,7 +494,7 @@ void backward(const MaskedBackward& f, const Env& env) {
     const ChannelLists lanes = split_groups(env, p.live_out, p.shape.outputs, 1);
     weight_grad<T>(p, columns, Lists{own, lanes, own, lanes}, false, env);
   };
-  if (wants_weight && !is_depthwise(s) && !small_map_weight_grad(f, grad, env) &&
+  if (wants_weight && !is_depthwise(s) && !small_map_weight_grad(f, grad, env) && !plane_weight_grad(f, grad, env) &&
       !weight_grad_by_columns(f, grad, env, few_grads))
     weight_grad<T>(f, grad, all, false, env);
 }

@@ -126,6 +126,18 @@ struct SmallMap {
   int tap(int64_t place, int64_t site) const { return joins[place][site]; }
 };
 
+// A convolution of up to four dense channels-last inputs, kernels up to 3x3, stride 1 or 2 (plane_training.h).
+struct PlaneConv {
+  int64_t n, inputs, outputs, height, width, rows, cols;
+  int64_t kh, kw, stride_h, stride_w, pad_h, pad_w;
+  const float* x;
+  int64_t x_image, x_row;  // steps in floats
+  float* y;                // or the gradient of it
+  int64_t y_image, y_row, y_pixel;
+  const float *weight, *shift;      // [output / 4][tap][input][output % 4], padded with zeros
+  float *grad_weight, *grad_shift;  // sums of products, [output][tap][input], and of the gradient of y
+};
+
 // Fewest channels of a convolution with Winograd tiles in lanes: it loads four at a time.
 constexpr int64_t kLeastLaneChannels = 4;
 
@@ -147,6 +159,7 @@ struct CpuKernels {
   void (*winograd_weight)(const PanelSource<float>&, int tile, const Env&);
   void (*winograd_weight_grad)(const TapWeightGrad&, int tile, const Env&);  // float32, one group, 3x3, stride 1, one part
   void (*small_map[3])(const SmallMap&, const Env&);                         // output, gradients of x and of the weight
+  void (*plane[2])(const PlaneConv&, const Env&);                            // output, gradient of the weight, or nullptr
   bool (*live_rows)(const LiveRows&, const Env&);                            // false: not on this level
   void (*max_pool)(const MaxPool&, const Env&);
   void (*mean_pool)(const MeanPool&, const Env&);
