@@ -74,7 +74,7 @@ static void mean_pool(const MeanPool& p, const Env& env) {
     float* const y = static_cast<float*>(p.y.data) + n * p.y.n + first;
     const int64_t count = std::min(part, p.channels - first);
     // Whole vectors may also sum what lies between the channels of a pixel and those of the next one.
-    const int64_t readable = std::max(p.channels, p.x.w) - first, wide = count <= 8 ? round_up(count, 4) : round_up(count, 16);
+    const int64_t readable = std::max(p.channels, p.x.w) - first, wide = round_up(count, count <= 8 ? 4 : LP_VECTOR_BYTES / 4);
     by_vectors(std::min(readable, wide), [&](auto zero, int64_t c) __attribute__((always_inline)) {
       using V = decltype(zero);
       // Sums of rows: fewer roundings than one sum over all pixels. Two, that do not wait for each other.

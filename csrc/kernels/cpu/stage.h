@@ -74,14 +74,15 @@ static inline void gather_pixel([[maybe_unused]] const GatherPlan& plan, [[maybe
 #endif
 }
 
-// Channels of pixels in whole vectors, the last of which also takes some of the next pixel: it is overwritten by what follows.
-// How many pixels: none that would have to be read beyond the last one.
+// Channels of pixels in whole vectors, the last of which also takes some of what is behind them: it is overwritten by the next
+// pixel. How many pixels: none for which something behind the last one would be read or written.
 template <int Bytes>
 static int64_t copy_pixels(float* dst, const float* src, int64_t pixel_stride, int64_t pixels, int64_t channels, int64_t ld) {
   using V = typename Simd<float, Bytes>::reg;
   constexpr int64_t L = Simd<float, Bytes>::lanes;
   const int64_t beyond = (channels + L - 1) / L * L - channels;
-  const int64_t whole = std::max<int64_t>(0, pixels - (beyond + pixel_stride - 1) / pixel_stride);
+  if (pixel_stride < channels) return 0;
+  const int64_t step = std::min(pixel_stride, ld), whole = std::max<int64_t>(0, pixels - (beyond + step - 1) / step);
   for (int64_t p = 0; p < whole; ++p, dst += ld, src += pixel_stride) {
     for (int64_t i = 0; i < channels; i += L) store<V>(dst + i, load<V>(src + i));
     for (int64_t i = channels; i < ld; ++i) dst[i] = 0;
