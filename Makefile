@@ -2,7 +2,7 @@
 #
 #   make setup    virtual environment, pinned dependencies, compiled extension
 #   make demo     the main job on real data; tables on the screen, numbers in runs/demo/metrics.json
-#   make test     lint, format check, types, the fast test suite
+#   make test     lint, format check, types, the fast test suite; make test-all: slow tests too, property tests with new examples
 #   make zoo      about 160 architectures through tracing and compaction (ARGS=--quick: a dozen)
 #   make accuracy every pruning method at equal budgets over five seeds, about an hour and a half of two cores;
 #                 goes on where it was stopped (ARGS=--quick: in miniature, ARGS=--report: only draw)
@@ -68,7 +68,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=random
 
 # An environment of its own: torchvision, which timm imports, must not stand beside the CPU build of torch in .venv.
 $(ZOO)/stamp: requirements/zoo.txt $(STAMPS)/extension

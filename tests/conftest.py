@@ -6,7 +6,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
+# `make test` draws the same examples every time, so that a change fails for what it changed; `make test-all` draws others.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("random")
+settings.load_profile("same")
 # Workers of pytest-xdist share the cores; more than one thread each makes the suite slower.
 torch.set_num_threads(1)
 os.environ.setdefault("MPLBACKEND", "Agg")
