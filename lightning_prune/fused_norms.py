@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .conv_norms import PAIRED, Site, Statistics, gate_of, kind_of, pair_of, together
 from .fused_forwards import fused_forward
+from .fused_sequences import ActivationCall, SequenceCall, fusable, steps_of
 from .hooks import SLOT, ExchangedCall, hooked, only_plain_calls
 from .nn._convert import activation_name
 from .norm_ways import backward as _backward
@@ -56,7 +57,7 @@ class FusedNorms:
         self._norms.update(norms)
         for norm_module, call in norms.items():
             self._install(norm_module, call)
-        activations: dict[nn.Module, _ActivationCall] = {}
+        activations: dict[nn.Module, ActivationCall] = {}
         for module in model.modules():
             if type(module) is not nn.Sequential or not _free(module):
                 continue
@@ -64,15 +65,16 @@ class FusedNorms:
             pairs = [
                 (norms[a], b)
                 for a, b in pairwise(children)
-                if a in norms and children.count(a) == 1 and _fusable(b) and (b in activations or _free(b))
+                if a in norms and children.count(a) == 1 and fusable(b) and (b in activations or _free(b))
             ]
-            if not pairs:
+            steps = steps_of(children, norms, convolutions)
+            if not pairs and len(steps) == len(children):
                 continue
-            sequence = _SequenceCall(module)
+            sequence = SequenceCall(module, steps, _fused)
             self._install(module, sequence)
             for norm, activation in pairs:
                 if activation not in activations:
-                    activations[activation] = _ActivationCall(activation)
+                    activations[activation] = ActivationCall(activation)
                     self._install(activation, activations[activation])
                 sequence.followers[norm] = activations[activation]
                 norm.sequences.append(sequence)
@@ -105,20 +107,12 @@ def _free(module: nn.Module) -> bool:
     return getattr(module, SLOT, None) is None
 
 
-def _fusable(module: nn.Module) -> bool:
-    """Whether this is an activation that the kernel has."""
-    try:
-        return activation_name(module) != "none"
-    except ValueError:
-        return False
-
-
 def _fused(
     conv: nn.Module | None, norm: nn.Module, activation: nn.Module | str, x: Any, residual: Any
 ) -> Any:
     """``activation(norm(conv(x)) + residual)``, at once where that is allowed and faster; without ``conv`` of ``x``."""
     call = norm.__dict__.get(SLOT)
-    plain = isinstance(activation, str) or (_fusable(activation) and not hooked(activation))
+    plain = isinstance(activation, str) or (fusable(activation) and not hooked(activation))
     site = None
     if isinstance(call, _NormCall) and plain:
         name = activation_name(activation)
@@ -141,41 +135,6 @@ def _fused(
     return ACTIVATIONS[activation](y) if isinstance(activation, str) else activation(y)
 
 
-class _SequenceCall(ExchangedCall):
-    """A sequence that knows that it runs as a whole, so that each child's output goes to the next child alone."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.followers: dict[_NormCall, _ActivationCall] = {}
-        self.running = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self.running:
-            return self.module._call_impl(*args, **kwargs)
-        self.running = True
-        try:
-            return self.module._call_impl(*args, **kwargs)
-        finally:
-            self.running = False
-            for follower in self.followers.values():
-                follower.done = None
-
-
-class _ActivationCall(ExchangedCall):
-    """An activation that passes on the one tensor to which it has been applied already."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.done: Tensor | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            done, self.done = self.done, None
-            if done is not None and len(args) == 1 and args[0] is done:
-                return done
-        return self.module._call_impl(*args, **kwargs)
-
-
 class _NormCall(ExchangedCall):
     """A batch norm; ``won`` has the verdict of the clock per kind of call."""
 
@@ -183,7 +142,7 @@ class _NormCall(ExchangedCall):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.sequences: list[_SequenceCall] = []
+        self.sequences: list[SequenceCall] = []
         self.won: dict[tuple[Any, ...], bool] = {}
         self.live: Tensor | None = None
         self.wanted: Callable[[], bool] = lambda: False
@@ -303,13 +262,13 @@ class _NormCall(ExchangedCall):
             self.record(of_all[1], of_all[0], x.numel() // x.shape[1])
         return y
 
-    def _follower(self) -> _ActivationCall | None:
+    def _follower(self) -> ActivationCall | None:
         running = [sequence for sequence in self.sequences if sequence.running]
         if len(running) != 1:
             return None
         follower = running[0].followers[self]
         # The settings are read now: a module may have changed its class or gained hooks since.
-        plain = _fusable(follower.module) and not hooked(follower.module)
+        plain = fusable(follower.module) and not hooked(follower.module)
         return follower if plain and follower.module.__dict__.get(SLOT) is follower else None
 
     def record(self, mean: Tensor, var: Tensor, count: int) -> None:

@@ -48,7 +48,7 @@ class Net(nn.Module):
         return self.head(self.blocks(self.act(self.bn(self.stem(x)))).mean((2, 3)))
 
 
-PAIRS = 5  # stem, and two of each block
+PAIRS = 6  # stem, two of each block, and a shortcut
 X = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
@@ -117,7 +117,7 @@ def test_the_numbers_are_those_of_two_calls(dead: float, compact: bool, last: bo
     same(model, twin, gates, x)
     assert not pairs  # nothing is known yet
     same(model, twin, gates, x)
-    assert pairs == ["silu", *["relu"] * (PAIRS - 1)]
+    assert pairs == ["silu", *["relu"] * 3, "none", "relu"]
     same(model, twin, gates, x[:3])
     assert len(pairs) == PAIRS  # another batch size
     skipper.detach()
@@ -188,6 +188,53 @@ def test_statistics_that_are_exchanged_are_moved(pairs: list[str]) -> None:
                 net.bn.track_running_stats = False
         for _ in range(2):
             same(model, twin, gates)
+
+
+def test_sequences_take_their_convolutions_along(pairs: list[str]) -> None:
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 1),
+        nn.BatchNorm2d(6),
+        nn.MaxPool2d(2),
+    ]
+    model = nn.Sequential(nn.Sequential(*layers), nn.Flatten(), nn.Linear(54, 4)).double()
+    graph = trace_channels(model, X[:1])
+    twin = copy.deepcopy(model)
+    skipper = DeadChannelSkipper(model, graph)
+    skipper.set_mask(np.ones(graph.num_channels, dtype=bool))
+
+    def both() -> None:
+        for net in (model, twin):
+            net.zero_grad()
+        outs = [net(X) for net in (model, twin)]
+        torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-9)
+        for out in outs:
+            out.square().sum().backward()
+        for a, b in zip(
+            (*model.parameters(), *model.buffers()), (*twin.parameters(), *twin.buffers()), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+
+    both()
+    assert not pairs
+    both()
+    assert pairs == ["relu", "none"]
+    for net in (model, twin):  # another child: as the sequence has it
+        net[0][2] = nn.LeakyReLU(0.3)
+    both()
+    assert len(pairs) == 2
+    seen: list[Tensor] = []
+    for net in (model, twin):
+        net[0][2] = nn.ReLU()
+        net[0][0].register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    both()
+    torch.testing.assert_close(*seen)
+    skipper.detach()
+    both()
 
 
 class Writes(nn.Module):

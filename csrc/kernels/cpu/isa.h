@@ -68,6 +68,7 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
                                    LP_ISA::winograd_weight_grad,
                                    {LP_ISA::small_map_forward, LP_ISA::small_map_input_grad, LP_ISA::small_map_weight_grad},
                                    {LP_ISA::plane_forward, LP_ISA::plane_weight_grad},
+                                   LP_ISA::plane_input_grad,
                                    LP_ISA::live_rows,
                                    LP_ISA::max_pool,
                                    LP_ISA::mean_pool,

@@ -487,7 +487,8 @@ void backward(const MaskedBackward& f, const Env& env) {
   const Lists all = lists(ins, split_groups(env, f.live_out, s.outputs, int(s.groups)));
   const auto few = [&](const MaskedForward& p) { forward<T>(p, env); };
   if (f.grad_x.data && ins.count() > 0 && all.outs.count() > 0 && !small_map_input_grad(f, grad, env) &&
-      !input_grad_by_columns(f, grad, env, few) && !strided_input_grad_by_columns(f, grad, env, few))
+      !plane_input_grad(f, grad, env) && !input_grad_by_columns(f, grad, env, few) &&
+      !strided_input_grad_by_columns(f, grad, env, few))
     input_grad<T>(f, grad, all, false, env);
   const auto few_grads = [&](const MaskedBackward& p, const View& columns) {
     const ChannelLists own = split_groups(env, p.live_in, p.shape.channels, 1);

@@ -14,17 +14,16 @@ inline int64_t most_plane_outputs(const ConvShape& s, bool by_tiles, bool sums) 
   return by_tiles ? 8 : 32;
 }
 
-// Fills `p` with all but what is computed from; false: not such a convolution. `y` is the map of its outputs; `sums`: over it.
+// Fills `p` with all but what is computed from; false: not such a convolution, of any number of channels. `y` is the map of its
+// outputs, `x` that of its inputs.
 template <class Problem>
-bool plane_conv(const Problem& f, const View& y, bool sums, PlaneConv& p) {
+bool plane_conv(const Problem& f, const View& x, const View& y, PlaneConv& p) {
   const ConvShape& s = f.shape;
   const bool plain = f.dtype == DType::f32 && s.groups == 1 && s.dil_h == 1 && s.dil_w == 1 && f.act == Act::none &&
                      f.algorithm == Algorithm::automatic && f.live_in.count == s.channels && f.live_out.count == s.outputs;
-  const bool few = s.channels >= 1 && s.channels <= kMostPlaneInputs && s.outputs >= 1 && s.kh <= 3 && s.kw <= 3 &&
-                   s.stride_h <= 2 && s.stride_w <= 2 && s.pad_h >= 0 && s.pad_w >= 0 && s.out_w >= kLeastPlaneCols;
-  if (!plain || !few || f.x.c != 1 || f.x.w != s.channels || y.c != 1 || s.n * s.out_h == 0) return false;
-  const int tile = winograd_tile(f.algorithm, f.dtype, s, s.channels, s.outputs, s.out_h, s.out_w, true);
-  if (s.outputs > most_plane_outputs(s, tile > 0, sums)) return false;
+  const bool fits = s.channels >= 1 && s.outputs >= 1 && s.kh <= 3 && s.kw <= 3 && s.stride_h <= 2 && s.stride_w <= 2 &&
+                    s.pad_h >= 0 && s.pad_w >= 0 && s.out_w >= kLeastPlaneCols;
+  if (!plain || !fits || x.c != 1 || x.w != s.channels || y.c != 1 || s.n * s.out_h == 0) return false;
   p.n = s.n;
   p.inputs = s.channels;
   p.outputs = s.outputs;
@@ -38,9 +37,9 @@ bool plane_conv(const Problem& f, const View& y, bool sums, PlaneConv& p) {
   p.stride_w = s.stride_w;
   p.pad_h = s.pad_h;
   p.pad_w = s.pad_w;
-  p.x = static_cast<const float*>(f.x.data);
-  p.x_image = f.x.n;
-  p.x_row = f.x.h;
+  p.x = static_cast<const float*>(x.data);
+  p.x_image = x.n;
+  p.x_row = x.h;
   p.y = static_cast<float*>(y.data);
   p.y_image = y.n;
   p.y_row = y.h;
@@ -48,10 +47,19 @@ bool plane_conv(const Problem& f, const View& y, bool sums, PlaneConv& p) {
   return true;
 }
 
+// The same of few channels; `sums`: over the map of its outputs.
+template <class Problem>
+bool few_planes(const Problem& f, const View& y, bool sums, PlaneConv& p) {
+  const ConvShape& s = f.shape;
+  if (s.channels > kMostPlaneInputs || !plane_conv(f, f.x, y, p)) return false;
+  const int tile = winograd_tile(f.algorithm, f.dtype, s, s.channels, s.outputs, s.out_h, s.out_w, true);
+  return s.outputs <= most_plane_outputs(s, tile > 0, sums);
+}
+
 // Each returns false without having done anything where the channels are not few.
 inline bool plane_forward(const MaskedForward& f, const Env& env) {
   PlaneConv p{};
-  if (!level().plane[0] || !plane_conv(f, f.y, false, p)) return false;
+  if (!level().plane[0] || !few_planes(f, f.y, false, p)) return false;
   const ConvShape& s = f.shape;
   const int64_t depth = s.kh * s.kw * s.channels, padded = (s.outputs + 3) / 4 * 4;
   float *weight = scratch<float>(env, depth * padded), *shift = scratch<float>(env, padded);
@@ -71,6 +79,43 @@ inline bool plane_forward(const MaskedForward& f, const Env& env) {
   p.weight = weight;
   p.shift = shift;
   level().plane[0](p, env);
+  return true;
+}
+
+// Of stride 2.
+inline bool plane_input_grad(const MaskedBackward& f, const View& grad, const Env& env) {
+  PlaneGrad g{};
+  const ConvShape& s = f.shape;
+  const bool few =
+      s.stride_h == 2 && s.stride_w == 2 && s.channels <= (s.kh * s.kw == 1 ? 8 : 16) && s.outputs <= PlaneGrad::limit;
+  if (!level().plane_grad || !few || !plane_conv(f, f.grad_x, grad, g.conv)) return false;
+  const float *gate = static_cast<const float*>(f.gate), *in_gate = static_cast<const float*>(f.in_gate);
+  const int64_t padded = (s.channels + 3) / 4 * 4;
+  for (int64_t a = 0; a < 2; ++a)
+    for (int64_t b = 0; b < 2; ++b) {
+      PlaneGrad::Phase& phase = g.phase[a][b];
+      int64_t taps[4];
+      for (int64_t kh = 0; kh < s.kh; ++kh)
+        for (int64_t kw = 0; kw < s.kw; ++kw) {
+          const int64_t h = a + s.pad_h - kh, w = b + s.pad_w - kw;
+          if (h % 2 != 0 || w % 2 != 0) continue;
+          phase.h[phase.taps] = h / 2;
+          phase.w[phase.taps] = w / 2;
+          taps[phase.taps++] = kh * f.weight.h + kw * f.weight.w;
+        }
+      float* to = scratch<float>(env, padded * phase.taps * s.outputs);
+      phase.weight = to;
+      for (int64_t block = 0; block < padded; block += 4)
+        for (int64_t t = 0; t < phase.taps; ++t)
+          for (int64_t o = 0; o < s.outputs; ++o)
+            for (int64_t c = block; c < block + 4; ++c, ++to) {
+              const float value =
+                  c < s.channels ? static_cast<const float*>(f.weight.data)[taps[t] + o * f.weight.n + c * f.weight.c] : 0.0f;
+              *to = value * (gate ? gate[o] : 1.0f) * (in_gate && c < s.channels ? in_gate[c] : 1.0f);
+            }
+    }
+  g.grad_x = static_cast<float*>(f.grad_x.data);
+  level().plane_grad(g, env);
   return true;
 }
 
@@ -105,7 +150,7 @@ void finish_sums(const MaskedBackward& f, Raw&& raw, Sum&& sum) {
 
 inline bool plane_weight_grad(const MaskedBackward& f, const View& grad, const Env& env) {
   PlaneConv p{};
-  if (!level().plane[1] || !plane_conv(f, grad, true, p)) return false;
+  if (!level().plane[1] || !few_planes(f, grad, true, p)) return false;
   const ConvShape& s = f.shape;
   const int64_t depth = s.kh * s.kw * s.channels;
   p.grad_weight = scratch<float>(env, depth * s.outputs);

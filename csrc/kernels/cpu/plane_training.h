@@ -205,6 +205,85 @@ static void plane_forward(const PlaneConv& p, const Env& env) {
   of[p.inputs - 1](p, env);
 }
 
+// Four outputs of 16 pixels of the gradient, `count` of which are there.
+static inline __attribute__((always_inline)) void part_quads(const float* y, int64_t ldy, int64_t outputs, int64_t count,
+                                                             __m512* r) {
+  const __mmask8 lanes = __mmask8((1u << outputs) - 1);
+  if (outputs == 4 && count >= 16) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) r[k] = four_blocks(y + k * ldy, y + (k + 4) * ldy, y + (k + 8) * ldy, y + (k + 12) * ldy);
+    return turn_lanes(r);
+  }
+  const auto get = [&](int64_t pixel) { return _mm_maskz_loadu_ps(pixel < count ? lanes : 0, y + pixel * ldy); };
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    r[k] = _mm512_castps128_ps512(get(k));
+    r[k] = _mm512_insertf32x4(r[k], get(k + 4), 1);
+    r[k] = _mm512_insertf32x4(r[k], get(k + 8), 2);
+    r[k] = _mm512_insertf32x4(r[k], get(k + 12), 3);
+  }
+  turn_lanes(r);
+}
+
+// Rows [first, last) of the output's gradient, plane by plane, with a row and a column of what lies beside it on every side.
+static void stage_grad_planes(const PlaneConv& p, int64_t length, int64_t plane, int64_t image, int64_t first, int64_t last,
+                              float* to) {
+  for (int64_t block = 0; block < p.outputs; block += kPlaneBlock)
+    for (int64_t row = first - 1; row <= last; ++row) {
+      float* const line = to + block * plane + (row - first + 1) * length;
+      for (int64_t col = 0; col < p.cols; col += 16) {
+        __m512 r[kPlaneBlock];
+        const int64_t there = row >= 0 && row < p.rows ? p.cols - col : 0;
+        const float* from = p.y + image * p.y_image + row * p.y_row + col * p.y_pixel + block;
+        part_quads(from, p.y_pixel, std::min<int64_t>(kPlaneBlock, p.outputs - block), there, r);
+        for (int o = 0; o < kPlaneBlock; ++o) _mm512_storeu_ps(line + o * plane + 1 + col, r[o]);
+      }
+    }
+}
+
+static void plane_input_grad(const PlaneGrad& f, const Env& env) {
+  const PlaneConv& p = f.conv;
+  const int64_t length = round_up(round_up(std::max(p.cols, (p.width + 1) / 2), 16) + 2, 8);
+  const int64_t planes = round_up(p.outputs, kPlaneBlock), half = (p.height + 1) / 2;
+  const int64_t rows = std::clamp<int64_t>(2 * kPlaneBandFloats / (planes * length) - 2, 1, half);
+  const int64_t plane = (rows + 2) * length, bands = (half + rows - 1) / rows, tasks = p.n * bands;
+  const int64_t slots = task_slots(env, tasks), floats = round_up(planes * plane + 32, 16);
+  float* const staged = static_cast<float*>(env.alloc(env.owner, size_t(slots * floats) * 4));
+  memset(staged, 0, size_t(slots * floats) * 4);
+  const float none[kPlaneBlock] = {};
+  run_tasks(env, tasks, [&](int slot, int64_t task) {
+    float* const grad = staged + slot * floats;
+    const int64_t image = task / bands, first = task % bands * rows, last = std::min(half, first + rows);
+    stage_grad_planes(p, length, plane, image, first, last, grad);
+    for (int64_t a = 0; a < 2; ++a)
+      for (int64_t b = 0; b < 2; ++b) {
+        const PlaneGrad::Phase& phase = f.phase[a][b];
+        int64_t at[4 * PlaneGrad::limit], depth = 0;
+        for (int64_t t = 0; t < phase.taps; ++t)
+          for (int64_t o = 0; o < p.outputs; ++o) at[depth++] = o * plane + (phase.h[t] + 1) * length + phase.w[t] + 1;
+        const int64_t cols = (p.width - b + 1) / 2, vectors = (cols + 15) / 16;
+        const int64_t count = (std::min(last, (p.height - a + 1) / 2) - first) * vectors;
+        for (int64_t i = 0; i < count; i += kPlaneBlock) {
+          const float* from[kPlaneBlock];
+          for (int64_t v = 0; v < kPlaneBlock; ++v) {
+            const int64_t own = std::min(i + v, count - 1);
+            from[v] = grad + own / vectors * length + own % vectors * 16;
+          }
+          for (int64_t c = 0; c < p.inputs; c += kPlaneBlock) {
+            __m512 sums[kPlaneBlock][kPlaneBlock];
+            plane_products(from, at, depth, phase.weight + c * depth, sums, none,
+                           std::make_integer_sequence<int, kPlaneBlock * kPlaneBlock>());
+            for (int64_t v = 0; v < kPlaneBlock && i + v < count; ++v) {
+              const int64_t row = 2 * (first + (i + v) / vectors) + a, col = (i + v) % vectors * 16;
+              store_planes(sums[v], std::min<int64_t>(kPlaneBlock, p.inputs - c), cols - col,
+                           f.grad_x + image * p.x_image + row * p.x_row + (2 * col + b) * p.inputs + c, 2 * p.inputs);
+            }
+          }
+        }
+      }
+  });
+}
+
 // Sums over a band: to[c][o] += x[c] * grad[o], lane by lane.
 template <int Inputs, int... I>
 static inline __attribute__((always_inline)) void plane_grad_sums(const float* x, int64_t row, int64_t plane, const float* grad,
@@ -227,31 +306,6 @@ static void plane_grad_tap(const float* x, int64_t row, int64_t plane, const flo
                            int64_t rows, int64_t vectors, float* to) {
   plane_grad_sums<Inputs>(x, row, plane, grad, grad_plane, length, rows, vectors, to,
                           std::make_integer_sequence<int, Inputs * kPlaneBlock>());
-}
-
-// Four outputs of 16 pixels of the gradient, `count` of which are there.
-static inline __attribute__((always_inline)) void part_quads(const float* y, int64_t ldy, int64_t outputs, int64_t count,
-                                                             __m512* r) {
-  const __mmask8 lanes = __mmask8((1u << outputs) - 1);
-  if (outputs == 4 && count >= 16) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      r[k] = _mm512_castps128_ps512(_mm_loadu_ps(y + k * ldy));
-      r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(y + (k + 4) * ldy), 1);
-      r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(y + (k + 8) * ldy), 2);
-      r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(y + (k + 12) * ldy), 3);
-    }
-    return turn_lanes(r);
-  }
-  const auto get = [&](int64_t pixel) { return _mm_maskz_loadu_ps(pixel < count ? lanes : 0, y + pixel * ldy); };
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {
-    r[k] = _mm512_castps128_ps512(get(k));
-    r[k] = _mm512_insertf32x4(r[k], get(k + 4), 1);
-    r[k] = _mm512_insertf32x4(r[k], get(k + 8), 2);
-    r[k] = _mm512_insertf32x4(r[k], get(k + 12), 3);
-  }
-  turn_lanes(r);
 }
 
 template <int Channels>
@@ -328,4 +382,5 @@ static void plane_weight_grad(const PlaneConv& p, const Env& env) {
 #else
 constexpr void (*plane_forward)(const PlaneConv&, const Env&) = nullptr;
 constexpr void (*plane_weight_grad)(const PlaneConv&, const Env&) = nullptr;
+constexpr void (*plane_input_grad)(const PlaneGrad&, const Env&) = nullptr;
 #endif

@@ -138,6 +138,19 @@ struct PlaneConv {
   float *grad_weight, *grad_shift;  // sums of products, [output][tap][input], and of the gradient of y
 };
 
+// The input gradient of such a convolution with stride 2 and up to 32 outputs: `conv` with the gradient of y, and that of x in
+// the place of x. Even and odd rows and columns of it are a convolution each, at stride 1.
+struct PlaneGrad {
+  static constexpr int64_t limit = 32;
+  struct Phase {
+    int64_t taps, h[4], w[4];  // offsets of y's pixels
+    const float* weight;       // [input / 4][tap][output][input % 4], padded with zeros
+  };
+  PlaneConv conv;
+  float* grad_x;
+  Phase phase[2][2];
+};
+
 // Fewest channels of a convolution with Winograd tiles in lanes: it loads four at a time.
 constexpr int64_t kLeastLaneChannels = 4;
 
@@ -160,6 +173,7 @@ struct CpuKernels {
   void (*winograd_weight_grad)(const TapWeightGrad&, int tile, const Env&);  // float32, one group, 3x3, stride 1, one part
   void (*small_map[3])(const SmallMap&, const Env&);                         // output, gradients of x and of the weight
   void (*plane[2])(const PlaneConv&, const Env&);                            // output, gradient of the weight, or nullptr
+  void (*plane_grad)(const PlaneGrad&, const Env&);                          // or nullptr
   bool (*live_rows)(const LiveRows&, const Env&);                            // false: not on this level
   void (*max_pool)(const MaxPool&, const Env&);
   void (*mean_pool)(const MeanPool&, const Env&);

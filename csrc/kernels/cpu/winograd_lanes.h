@@ -113,14 +113,16 @@ static inline __attribute__((always_inline)) void turn_lanes(__m512* r) {
   r[2] = low_pairs(b, d);
   r[3] = high_pairs(b, d);
 }
+static inline __attribute__((always_inline)) __m512 four_blocks(const float* a, const float* b, const float* c,
+                                                                const float* d) {
+  __m512 r = _mm512_castps128_ps512(_mm_loadu_ps(a));
+  r = _mm512_insertf32x4(r, _mm_loadu_ps(b), 1);
+  r = _mm512_insertf32x4(r, _mm_loadu_ps(c), 2);
+  return _mm512_insertf32x4(r, _mm_loadu_ps(d), 3);
+}
 static inline __attribute__((always_inline)) void load_lanes(float* const* p, int64_t channel, __m512* r) {
 #pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {
-    r[k] = _mm512_castps128_ps512(_mm_loadu_ps(p[k] + channel));
-    r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(p[k + 4] + channel), 1);
-    r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(p[k + 8] + channel), 2);
-    r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(p[k + 12] + channel), 3);
-  }
+  for (int k = 0; k < 4; ++k) r[k] = four_blocks(p[k] + channel, p[k + 4] + channel, p[k + 8] + channel, p[k + 12] + channel);
   turn_lanes(r);
 }
 static inline __attribute__((always_inline)) void store_lanes(float* const* p, int64_t channel, __m512* r) {
@@ -190,7 +192,7 @@ template <int Outputs>
 static void lane_product(const float* x, int64_t channels, const float* weight, int64_t weight_step, float* products) {
   lane_product_body(x, channels, weight, weight_step, products, std::make_integer_sequence<int, Outputs * kLaneVectors>());
 }
-constexpr int64_t kLaneOutputs = 4;  // that go through a product together
+constexpr int64_t kLaneOutputs = 8;  // that go through a product together where they are there, else half as many
 constexpr LaneProductFn kLaneProducts[] = {nullptr, lane_product<1>, lane_product<2>, lane_product<3>, lane_product<4>};
 
 // Lanes of the panel that begins with this output.
@@ -264,9 +266,11 @@ static void winograd_lanes(const TapConv& p, const Env& env) {
     const int64_t shares = points * ((outputs + kLaneOutputs - 1) / kLaneOutputs);
     LinesAhead written(grid, p.out, M, task * tiles, (task + 1) * tiles, points);
     LinesAhead next_x(grid, p.x, M, (task + 1) * tiles, (task + 2) * tiles, shares);
-    for (int64_t o = 0; o < outputs; o += kLaneOutputs) {
-      const int64_t first = std::min(o, outputs - kLaneOutputs), panel = first / kPanel * kPanel;
-      const int64_t own = std::min<int64_t>(kLaneOutputs, panel + kPanel - first), step = panel_step(outputs, panel);
+    for (int64_t o = 0; o < outputs;) {
+      const bool whole = o + kLaneOutputs <= outputs;  // within a panel
+      const int64_t count = whole ? kLaneOutputs : kLaneOutputs / 2;
+      const int64_t first = std::min(o, outputs - count), panel = first / kPanel * kPanel;
+      const int64_t own = std::min<int64_t>(count, panel + kPanel - first), step = panel_step(outputs, panel);
       const float* const weights = weight + panel * channels * points + first - panel;
       const float* const more = weight + (panel + kPanel) * channels * points;
       for (int point = 0; point < points; ++point) {
@@ -274,14 +278,20 @@ static void winograd_lanes(const TapConv& p, const Env& env) {
         next_x.fetch<0>();
         const float* const in = x + point * in_point;
         float* const out = products + point * out_point;
+        if (whole) {
+          lane_product<kLaneOutputs>(in, channels, weights + point * channels * step, step, out);
+          continue;
+        }
         kLaneProducts[own](in, channels, weights + point * channels * step, step, out);
-        if (own < kLaneOutputs) {
+        if (own < count) {
           const int64_t next = panel_step(outputs, panel + kPanel);
-          kLaneProducts[kLaneOutputs - own](in, channels, more + point * channels * next, next, out + own * tiles);
+          kLaneProducts[count - own](in, channels, more + point * channels * next, next, out + own * tiles);
         }
       }
-      for (int v = 0; v < kLaneVectors; ++v)
-        output_lanes<M>(products + v * kTileLanes, out_point, tiles, first, shift, pixels[v]);
+      for (int64_t k = 0; k < count; k += 4)
+        for (int v = 0; v < kLaneVectors; ++v)
+          output_lanes<M>(products + k * tiles + v * kTileLanes, out_point, tiles, first + k, shift, pixels[v]);
+      o += count;
     }
   });
 }
