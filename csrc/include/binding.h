@@ -42,6 +42,7 @@ inline std::string show(const int64_t* values, size_t count) {
 inline std::string show(const Sizes& sizes) { return show(sizes.data(), sizes.size()); }
 inline std::string show_shape(const Tensor& t) { return show(t.sizes().data(), size_t(t.dim())); }
 
+bool same_shape(const Tensor& t, const Tensor& other);
 const char* dtype_name(ScalarType type);
 Act parse_activation(const char* op, const std::string& name);
 

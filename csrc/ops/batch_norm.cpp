@@ -48,7 +48,7 @@ DType map_type(const Tensor& x) {
 }
 
 void check_map(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  if (show_shape(t) != show_shape(x) || t.scalar_type() != x.scalar_type())
+  if (!same_shape(t, x) || t.scalar_type() != x.scalar_type())
     fail(op, ": ", name, " must be ", dtype_name(x.scalar_type()), " of shape ", show_shape(x), " like x; got ",
          dtype_name(t.scalar_type()), " of shape ", show_shape(t));
 }
@@ -100,7 +100,7 @@ NormArguments check(const char* op, const Tensor& x, const std::optional<Tensor>
 // A vector of which the kernels write the live channels: zeros, unless that is all of them.
 Tensor new_vector(const NormArguments& a, int64_t length) {
   const bool all_written = !a.live && a.p.n * a.p.pixels > 0;
-  if (!all_written) return zeros_on(a.x, {length}, vector_type(a.x));
+  if (!all_written || length == 0) return zeros_on(a.x, {length}, vector_type(a.x));
   return torch::stable::empty({length}, vector_type(a.x), std::nullopt, a.x.device());
 }
 

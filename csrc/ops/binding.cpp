@@ -1,6 +1,7 @@
 #include "binding.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 
 namespace lp {
@@ -45,14 +46,39 @@ bool is_channels_last(const Tensor& x) {
   return true;
 }
 
+// Uninitialised, on the device of `like`. On the CPU past the dispatcher: a training step makes hundreds of small tensors.
+static Tensor fresh(const Tensor& like, const Sizes& shape, ScalarType type, bool channels_last) {
+  if (like.is_cuda() || like.device().type() != torch::headeronly::DeviceType::CPU)
+    return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt,
+                                channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  int64_t strides[8], step = 1;
+  const int dims = int(shape.size());
+  if (dims > 8) fail("tensors of more than 8 dimensions are not made here; got ", dims);
+  for (int i = dims - 1; i >= 0; --i) {
+    const int d = !channels_last ? i : i == 0 ? 0 : i == 1 ? 2 : i == 2 ? 3 : 1;  // N, H, W, C
+    strides[d] = step;
+    step *= std::max<int64_t>(1, shape[size_t(d)]);
+  }
+  AtenTensorHandle made = nullptr;
+  if (aoti_torch_empty_strided(dims, shape.data(), strides, int32_t(type), aoti_torch_device_type_cpu(), 0, &made) != 0)
+    fail("no memory for a tensor of shape ", show(shape));
+  return Tensor(made);
+}
+
 Tensor new_output(const Tensor& like, const Sizes& shape) {
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              is_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return fresh(like, shape, like.scalar_type(), is_channels_last(like));
 }
 
 Tensor zeros_on(const Tensor& like, const Sizes& shape, std::optional<ScalarType> type) {
-  Tensor out = torch::stable::empty(shape, type.value_or(like.scalar_type()), std::nullopt, like.device());
-  return torch::stable::zero_(out);
+  Tensor out = fresh(like, shape, type.value_or(like.scalar_type()), false);
+  if (like.device().type() != torch::headeronly::DeviceType::CPU) return torch::stable::zero_(out);
+  if (const int64_t count = out.numel(); count > 0) std::memset(out.data_ptr(), 0, size_t(count) * size_t(out.element_size()));
+  return out;
+}
+
+bool same_shape(const Tensor& t, const Tensor& other) {
+  const auto a = t.sizes(), b = other.sizes();
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
 }
 
 View view_of(const Tensor& t) {

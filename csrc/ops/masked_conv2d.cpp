@@ -1,4 +1,6 @@
 // Binding of masked_conv2d and masked_conv2d_backward: validation, allocation, one call into the kernels.
+#include <algorithm>
+
 #include "binding.h"
 #include "launch.h"
 #include "map_memory.h"
@@ -116,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   const ConvShape& s = a.shape;
   const Sizes out_shape{s.n, a.y_channels, s.out_h, s.out_w};
   const auto check_output = [&](const char* name, const Tensor& t) {
-    if (show_shape(t) != show(out_shape) || t.scalar_type() != x.scalar_type())
+    const auto sizes = t.sizes();
+    if (sizes.size() != 4 || !std::equal(sizes.begin(), sizes.end(), out_shape.begin()) || t.scalar_type() != x.scalar_type())
       fail(op, ": ", name, " must be ", dtype_name(x.scalar_type()), " of shape ", show(out_shape), "; got ",
            dtype_name(t.scalar_type()), " of shape ", show_shape(t));
   };
