@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..inputs import ExampleInputs
 from ..nn._convert import activation_name
+from .lines import rows_of_lines
 from .rewrite import Rewrite, attribute
 from .sites import ConvSite, foldable, fusable, plain
 
@@ -23,7 +24,7 @@ _FUNCTIONS: dict[Any, str] = {
 }  # fmt: skip
 _METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid"}
 _ADDS = (operator.add, operator.iadd, torch.add)
-_DROPOUTS = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
+_DROPOUTS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
 class _Tracer(fx.Tracer):
@@ -67,7 +68,11 @@ class SymbolicBlueprint:
             self._modules = dict(self._module.named_modules())
             self._skip_identities()
             values = {**missing, **arguments}
-            _Shapes(self._module).run(*(values[str(n.target)] for n in placeholders))
+            given = [values[str(n.target)] for n in placeholders]
+            _Shapes(self._module).run(*given)
+            if rows_of_lines(self._module):
+                self._modules = dict(self._module.named_modules())
+                _Shapes(self._module).run(*given)
         self._module.recompile()
         self.sites: list[ConvSite] = []
         self._spans: list[tuple[list[fx.Node], fx.Node | None]] = []
@@ -96,7 +101,7 @@ class SymbolicBlueprint:
         if not fusable(conv) or seen is None or len(seen[0]) != 4:
             return
         assert isinstance(conv, nn.Conv2d)
-        site = ConvSite(str(node.target), conv, None, "none", False, seen[0])
+        site = ConvSite(node.meta.get("name", str(node.target)), conv, None, "none", False, seen[0])
         span, residual = [node], None
         norm_node = _only_reader(node)
         norm = None if norm_node is None else self._norm(norm_node)
