@@ -145,8 +145,8 @@ def optimize_for_inference(
 
     Convolution, norm and activation are found by ``torch.fx`` (then the result's network is a GraphModule) or, where a
     forward cannot be traced symbolically, by watching one run (then it keeps its class, and functional activations stay
-    as they are). ``nn.Conv1d``, its norms and pools run as two-dimensional layers over maps of one row (``torch.fx`` only). What
-    is not understood stays as it is.
+    as they are). ``nn.Conv1d``, its norms and pools run as two-dimensional layers over maps of one row (``torch.fx`` only).
+    What is not understood stays as it is.
 
     Environment: ``LIGHTNING_PRUNE_BACKEND`` is ``auto``, ``own`` (our kernels wherever they run) or ``vendor`` (never);
     ``LIGHTNING_PRUNE_CACHE`` is another folder, or ``off``.
