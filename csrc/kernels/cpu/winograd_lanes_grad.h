@@ -47,7 +47,7 @@ static void lane_grad_sums(const TapWeightGrad& w, const Env& env, float* out, i
   const LaneGrid grid = lane_grid(p, M);
   const int64_t vectors = (grid.tiles + kTileLanes - 1) / kTileLanes;
   // What a pass transforms stays in L2.
-  const int64_t fit = std::max<int64_t>(4, (int64_t(512) << 10) / (points * (ins + outs) * kTileLanes * 4)) * env.threads;
+  const int64_t fit = std::max<int64_t>(4, (int64_t(256) << 10) / (points * (ins + outs) * kTileLanes * 4)) * env.threads;
   const int64_t passes = (vectors + fit - 1) / fit, most = (vectors + passes - 1) / passes;
   const int64_t step = most * kTileLanes, x_point = ins * step + kTileLanes, grad_point = outs * step + kTileLanes;
   const int64_t blocks = ins / 4 * (outs / 4), zero_floats = round_up(std::max(channels, outputs), kPanel);
