@@ -21,6 +21,17 @@ from .labels import Labels
 from .rules import Call, apply_rule, tensors_of
 
 
+def decomposed(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator that only calls others, which ``mode`` then sees; NotImplemented for one that computes.
+
+    Tensors made in inference mode arrive at a mode before such operators have been taken apart.
+    """
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return NotImplemented
+    with mode:
+        return func.decompose(*args, **kwargs)
+
+
 class LabelMode(TorchDispatchMode):
     """Executes every op as usual and propagates the labels beside it."""
 
@@ -30,6 +41,9 @@ class LabelMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        parts = decomposed(self, func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         flow = self.flow
         inputs = list(tensors_of((args, kwargs)))
         line = source_line()
@@ -134,7 +148,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused path hides its matrix products in one op
     try:
-        with torch.random.fork_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        # In inference mode buffers and maps would be tensors that nothing may change later.
+        quiet = torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager")
+        with torch.random.fork_rng(), quiet[0], quiet[1], quiet[2]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -17,7 +17,7 @@ from .flow import Flow, Step
 from .groups import ChannelGraph, Mask
 from .labels import Vector
 from .rules import tensors_of
-from .trace import tensors_in, undisturbed
+from .trace import decomposed, tensors_in, undisturbed
 
 #: ops that only move data: a corrected call may execute others of them, so they are not compared
 _MOVES = set(
@@ -55,6 +55,9 @@ class _Steps(TorchDispatchMode):
         self.paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        parts = decomposed(self, func, args, kwargs or {})
+        if parts is not NotImplemented:
+            return parts
         name = str(func.overloadpacket)
         if self.paused or name.removeprefix("aten.") in _MOVES:
             return func(*args, **(kwargs or {}))

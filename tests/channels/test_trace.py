@@ -279,3 +279,21 @@ def test_unknown_group_lists_the_known_ones() -> None:
     graph = trace_channels(build("Plain"), image())
     with pytest.raises(KeyError, match=r"nowhere.*features\.0\.0"):
         graph["nowhere"]
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_hides_nothing(made_inside: bool) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.Flatten()
+        )
+
+    model = make()
+    with torch.inference_mode():
+        model = make() if made_inside else model
+        found = trace_channels(model, torch.randn(1, 3, 8, 8))
+    assert (
+        [group.size for group in found.groups]
+        == [group.size for group in trace_channels(make(), torch.randn(1, 3, 8, 8)).groups]
+        == [8]
+    )

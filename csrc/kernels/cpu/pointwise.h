@@ -316,7 +316,7 @@ static void pointwise_panels(PointwiseTile t, const float* weight, const float* 
 }
 
 // What another layer has just used and is no larger is still in L2: fetching it ahead only takes time.
-constexpr int64_t kNearBytes = int64_t(512) << 10;
+constexpr int64_t kNearBytes = int64_t(128) << 10;
 
 static void pointwise(const TapConv& p, const Env& env) {
   const PanelOutputs to = panel_outputs(env, static_cast<const float*>(p.shift), p.out_begin[1], p.out_room);
