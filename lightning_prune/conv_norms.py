@@ -7,17 +7,17 @@ call is one.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import conv_ways
+from . import conv_ways, norm_ways
 from .conv_ways import ConvCall
+from .derivatives import differentiable
 from .gates.attach import GateHooks
 from .hooks import SLOT
-from .ops import ACTIVATIONS
 from .ops.availability import extension_available
 
 #: the value of this mark on a convolution is a :class:`Convolution`
@@ -191,7 +191,8 @@ class ConvNorm(torch.autograd.Function):
         (grad,) = grads
         needs = ctx.needs_input_grad[:_NEEDS]
         if torch.is_grad_enabled():
-            return _differentiable(grad, ctx.saved_tensors[:_NEEDS], needs, pair, eps, activation)
+            compute = partial(_plain, pair, eps, activation)
+            return (*differentiable(compute, ctx.saved_tensors[:_NEEDS], needs, grad), None, None, None)
         wanted = sum(need << bit for bit, need in enumerate(needs))
         with torch._C._AutoDispatchBelowAutograd():
             found = _BACKWARD(
@@ -203,26 +204,11 @@ class ConvNorm(torch.autograd.Function):
         return (*[g if need else None for g, need in zip(found, needs, strict=True)], None, None, None)
 
 
-def _differentiable(
-    grad: Tensor,
-    tensors: tuple[Tensor | None, ...],
-    needs: tuple[bool, ...],
-    pair: Pair,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor | None, ...]:
-    """The gradients by torch's functions, which have derivatives themselves."""
-    # Aliases, because x may come from the residual, or from the same parameters.
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
-    leaves = [t for t, need in zip(aliases, needs, strict=True) if need]
-    x, weight, bias, gate, scale, shift, residual = aliases
-    y = conv_ways.plain(x, weight, bias, gate, pair.call)
-    if pair.live is not None:
-        scale, shift = (None if t is None else t.index_select(0, pair.live) for t in (scale, shift))
-    y = F.batch_norm(y, None, None, scale, shift, True, 0.0, eps)
-    y = ACTIVATIONS[activation](y if residual is None else y + residual)
-    derived = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
-    return (*[next(derived) if need else None for need in needs], None, None, None)
+def _plain(pair: Pair, eps: float, activation: str, *tensors: Any) -> Tensor:
+    """The output by torch's functions."""
+    x, weight, bias, gate, scale, shift, residual = tensors
+    middle = conv_ways.plain(x, weight, bias, gate, pair.call)
+    return norm_ways.plain(middle, scale, shift, residual, eps, activation, pair.live)
 
 
 _APPLY: Any = super(torch.autograd.Function, ConvNorm).apply

@@ -7,12 +7,14 @@ side: they are copied once per step, and the gradient is spread over the whole w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .derivatives import differentiable
 from .ops.availability import can_run_masked_conv2d
 
 #: Ways to compute one part of a convolution: by torch, by the compiled kernel over live channels, by it over all of them.
@@ -284,13 +286,8 @@ class SkippedConv(torch.autograd.Function):
         call: ConvCall = ctx.call
         needs = tuple(ctx.needs_input_grad[:4])
         if torch.is_grad_enabled():
-            # Aliases, because x may come from the same parameters.
-            aliases: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias, gate)]
-            leaves = [t for t, need in zip(aliases, needs, strict=True) if need]
-            x, weight, bias, gate = aliases
-            y = plain(x, weight, bias, gate, call)
-            derived = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
-            return (*(next(derived) if need else None for need in needs), None, None)
+            compute = partial(plain, call=call)
+            return (*differentiable(compute, (x, weight, bias, gate), needs, grad), None, None)
         own, own_bias, own_gate = live or (weight, bias, gate)
         arguments = (grad, x, own, own_bias, own_gate, ctx.own_call)
         if ctx.choice.grad_x == ctx.choice.grad_weight:

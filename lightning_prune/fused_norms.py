@@ -7,6 +7,7 @@ something is not as expected, the module's plain call runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv_norms import PAIRED, Site, Statistics, gate_of, kind_of, pair_of, together
+from .derivatives import differentiable
 from .fused_forwards import fused_forward
 from .fused_sequences import ActivationCall, SequenceCall, fusable, steps_of
 from .hooks import SLOT, ExchangedCall, hooked, only_plain_calls
@@ -22,6 +24,7 @@ from .nn._convert import activation_name
 from .norm_ways import backward as _backward
 from .norm_ways import forward as _forward
 from .norm_ways import measure as _measure
+from .norm_ways import plain as _plain
 from .norm_ways import record, running_fits
 from .ops import ACTIVATIONS
 from .ops.availability import can_run_masked_batch_norm_act, extension_available
@@ -327,16 +330,8 @@ class _Norm(torch.autograd.Function):
         needs: list[bool] = list(ctx.needs_input_grad[:4])
         live, eps, activation, compact_of = ctx.settings
         if torch.is_grad_enabled():
-            # Aliases, because x may come from the residual, or from the same parameters.
-            aliases: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
-            leaves = [t for t, need in zip(aliases, needs, strict=True) if need]
-            x, weight, bias, residual = aliases
-            if live is not None:
-                weight, bias = (None if t is None else t.index_select(0, live) for t in (weight, bias))
-            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-            y = ACTIVATIONS[activation](y if residual is None else y + residual)
-            derived = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
-            return (*(next(derived) if need else None for need in needs), None, None, None)
+            compute = partial(_plain, eps=eps, activation=activation, live=live)
+            return (*differentiable(compute, (x, weight, bias, residual), needs, grad), None, None, None)
         found = _backward(
             grad, x, weight, bias, mean, var, eps, activation, needs, live, compact_of, residual
         )

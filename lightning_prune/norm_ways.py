@@ -53,6 +53,22 @@ def backward(
     return grad_x, grad_weight, grad_bias, grad_residual
 
 
+def plain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    live: Tensor | None = None,
+) -> Tensor:
+    """The output by torch's functions; arguments as in :func:`forward`."""
+    if live is not None:
+        weight, bias = (None if t is None else t.index_select(0, live) for t in (weight, bias))
+    y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    return ACTIVATIONS[activation](y if residual is None else y + residual)
+
+
 def running_fits(
     running_mean: Tensor | None, running_var: Tensor | None, tracked: Tensor | None, mean: Tensor
 ) -> bool:

@@ -148,9 +148,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused path hides its matrix products in one op
     try:
-        # In inference mode buffers and maps would be tensors that nothing may change later.
-        quiet = torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager")
-        with torch.random.fork_rng(), quiet[0], quiet[1], quiet[2]:
+        with torch.random.fork_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from ..nn._convert import _ACTIVATION_MODULES
+from .functions import ACTIVATION_FUNCTIONS, ACTIVATION_METHODS, SUM_FUNCTIONS, SUM_METHODS
 from .sites import plain
 
 _ROW = 2  # where the dimension of one row stands
-_POINTWISE = {
-    F.relu, torch.relu, F.relu6, F.silu, F.hardswish, torch.sigmoid, F.sigmoid, F.gelu,
-    "relu", "relu_", "sigmoid", "sigmoid_",
-}  # fmt: skip
-_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_POINTWISE = {*ACTIVATION_FUNCTIONS, *ACTIVATION_METHODS}
+_SUMS = {*SUM_FUNCTIONS, *SUM_METHODS}
 
 
 def rows_of_lines(module: fx.GraphModule) -> bool:

@@ -14,16 +14,11 @@ from torch import Tensor, fx, nn
 
 from ..inputs import ExampleInputs
 from ..nn._convert import activation_name
+from .functions import ACTIVATION_FUNCTIONS, ACTIVATION_METHODS, SUM_FUNCTIONS, SUM_METHODS
 from .lines import rows_of_lines
 from .rewrite import Rewrite, attribute
 from .sites import ConvSite, foldable, fusable, plain
 
-_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", F.relu6: "relu6", F.silu: "silu",
-    F.hardswish: "hardswish", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", F.gelu: "gelu",
-}  # fmt: skip
-_METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid"}
-_ADDS = (operator.add, operator.iadd, torch.add)
 _DROPOUTS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
@@ -168,12 +163,13 @@ class SymbolicBlueprint:
         options = {**node.kwargs}
         options.pop("inplace", None)
         options.pop("input", None)
-        if node.op == "call_function" and node.target in _FUNCTIONS:
+        if node.op == "call_function" and node.target in ACTIVATION_FUNCTIONS:
             if options.pop("approximate", "none") != "none" or options:
                 return None
             positional = node.args[1:]
-            return _FUNCTIONS[node.target] if all(isinstance(a, bool) for a in positional) else None
-        return _METHODS.get(str(node.target)) if node.op == "call_method" and not options else None
+            return ACTIVATION_FUNCTIONS[node.target] if all(isinstance(a, bool) for a in positional) else None
+        method = node.op == "call_method" and not options
+        return ACTIVATION_METHODS.get(str(node.target)) if method else None
 
     # ---- building --------------------------------------------------------------------------------------------------
 
@@ -219,8 +215,8 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 
 def _added(node: fx.Node, ours: fx.Node) -> fx.Node | None:
     """The tensor that ``node`` adds to ``ours``, if both have the same shape and dtype."""
-    known = node.op == "call_function" and node.target in _ADDS
-    known |= node.op == "call_method" and node.target in ("add", "add_")
+    known = node.op == "call_function" and node.target in SUM_FUNCTIONS
+    known |= node.op == "call_method" and node.target in SUM_METHODS
     if not known or node.kwargs or len(node.args) != 2 or node.args[0] is node.args[1]:
         return None
     other = node.args[1] if node.args[0] is ours else node.args[0]

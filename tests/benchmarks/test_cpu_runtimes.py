@@ -73,3 +73,13 @@ def test_a_violation_is_a_width_dearer_than_a_larger_one() -> None:
 
     found = violations([1, 2, 3, 4], [10.0, 14.0, 10.4, 10.0])
     assert found == [{"channels": 2, "dearer_than": 4, "by": 0.4}]
+
+
+def test_the_best_peer_of_a_width_may_be_padded() -> None:
+    from staircase import OURS, over_best_peer
+
+    channels = [4, 6, 8]
+    times = {OURS: [1.0, 1.0, 1.0], "ragged": [8.0, 9.0, 3.0], "other": [2.0, 7.0, 4.0]}
+    # 2 as it is; 3 padded to 8; 3
+    assert over_best_peer(channels, times) == pytest.approx(18 ** (1 / 3))
+    assert over_best_peer(channels, {OURS: times[OURS]}) is None

@@ -27,7 +27,7 @@ static void conv(const TapConv& p, const Env& env) {
   }
   PanelOutputs to{};
   if constexpr (std::is_same_v<S, float>)
-    to = panel_outputs(env, static_cast<const float*>(p.shift), p.out_begin[p.groups], p.out_room);
+    to = panel_outputs(env, static_cast<const float*>(p.shift), p.out_begin[p.groups], p.out_room && p.groups == 1);
   const Bands b = make_bands(p, sizeof(T), env.threads);
   const int64_t staged_bytes = round_up((staged_elements(b) + 64) * int64_t(sizeof(T)), 64);
   const int64_t slot_bytes = staged_bytes + round_up(b.pixels * 24, 64) + round_up(int64_t(p.taps + 1) * 16, 64) + 64;
@@ -102,7 +102,7 @@ static void conv(const TapConv& p, const Env& env) {
         tile.run_length = run_length;
         tile.bounds = clamp_of(p.act);
         // The last outputs of all take the spare lanes with them.
-        const int64_t stored = p.groups == 1 && first + outputs == p.out_begin[1] ? to.count - first : outputs;
+        const int64_t stored = first + outputs == p.out_begin[p.groups] ? to.count - first : outputs;
         const float* shift = to.shift ? to.shift + first : nullptr;
         float* out = static_cast<float*>(p.out.data) + p.out_channel[first];
         const auto at = [&](int64_t line, PointwiseTile& q) {
