@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
+
+#include "../include/pages.h"
 
 namespace lp {
 
@@ -157,10 +158,10 @@ ConvShape conv_shape(const char* op, const Tensor& x, const Sizes& weight, const
 }
 
 namespace {
-constexpr size_t kWorkspaceLimit = size_t(64) << 20;
+constexpr size_t kWorkspaceLimit = size_t(64) << 20, kWorkspacePlace = 4096 + 64;
 struct Workspace {
-  std::unique_ptr<char[]> memory;
-  size_t size = 0, wanted = 0;
+  Pages memory;
+  size_t wanted = 0;
   bool taken = false;
 };
 thread_local Workspace workspace;
@@ -169,11 +170,9 @@ thread_local Workspace workspace;
 Scratch::Scratch(const Tensor& like) : like_(like), owns_workspace_(!like.is_cuda() && !workspace.taken) {
   if (!owns_workspace_) return;
   workspace.taken = true;
-  if (workspace.wanted > workspace.size) {
-    workspace.memory.reset();
-    workspace.size = 0;
-    workspace.memory.reset(new char[workspace.wanted]);
-    workspace.size = workspace.wanted;
+  if (workspace.wanted > workspace.memory.size()) {
+    workspace.memory = Pages();
+    workspace.memory = Pages(workspace.wanted, kWorkspacePlace);
   }
 }
 
@@ -187,9 +186,9 @@ void* Scratch::allocate(size_t bytes) {
   if (owns_workspace_) {
     const size_t size = (bytes + 63) / 64 * 64;
     wanted_ += size;
-    if (used_ + size <= workspace.size) {
+    if (used_ + size <= workspace.memory.size()) {
       used_ += size;
-      return workspace.memory.get() + used_ - size;
+      return workspace.memory.data() + used_ - size;
     }
   }
   const Sizes shape{int64_t(bytes)};

@@ -13,38 +13,14 @@
 #include <sys/mman.h>
 #endif
 
+#include "../include/pages.h"
+
 namespace lp {
 namespace {
 
-constexpr size_t kHugePage = size_t(2) << 20, kLeastArena = size_t(64) << 20, kLeastMap = size_t(64) << 10;
+constexpr size_t kLeastArena = size_t(64) << 20, kLeastMap = size_t(64) << 10;
 // What is kept beyond the largest demand so far: a share of it, and pages that small networks do not fill.
 constexpr size_t kSpareParts = 4, kSpare = 16 * kHugePage;
-
-size_t round_to(size_t v, size_t to) { return (v + to - 1) / to * to; }
-
-// Addresses at a multiple of huge pages, without memory behind them until they are written; nullptr if there are none.
-char* reserve([[maybe_unused]] size_t size) {
-#if defined(__linux__)
-  void* found = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (found == MAP_FAILED) return nullptr;
-  char* const begin = static_cast<char*>(found);
-  char* const base = reinterpret_cast<char*>(round_to(reinterpret_cast<uintptr_t>(begin), kHugePage));
-  if (base > begin) munmap(begin, size_t(base - begin));
-  if (base < begin + kHugePage) munmap(base + size, size_t(begin + kHugePage - base));
-#if defined(MADV_HUGEPAGE)
-  madvise(base, size, MADV_HUGEPAGE);  // advice: where there are none, pages are small
-#endif
-  return base;
-#else
-  return nullptr;
-#endif
-}
-
-void unmap([[maybe_unused]] char* base, [[maybe_unused]] size_t size) {
-#if defined(__linux__)
-  munmap(base, size);
-#endif
-}
 
 // Whether the memory behind one huge page went back to the system; its addresses stay.
 bool empty([[maybe_unused]] char* page) {
@@ -133,8 +109,8 @@ class MapMemory {
     const size_t least = round_to(size, kHugePage);
     // Addresses cost nothing: twice as many each time, so that there are few arenas.
     size_t whole = std::max({kLeastArena, least, mapped_});
-    char* base = reserve(whole);
-    if (!base) base = reserve(whole = least);
+    char* base = reserve_pages(whole);
+    if (!base) base = reserve_pages(whole = least);
     if (!base) return false;
     arenas_.push_back(std::make_unique<Arena>(Arena{base, whole, {{0, whole}}, std::vector<char>(whole / kHugePage)}));
     mapped_ += whole;
@@ -193,7 +169,7 @@ class MapMemory {
       if (arena->free.size() != 1 || arena->free.begin()->second != arena->size) return false;
       kept_ -= kHugePage * size_t(std::count(arena->kept.begin(), arena->kept.end(), 1));
       mapped_ -= arena->size;
-      unmap(arena->base, arena->size);
+      unmap_pages(arena->base, arena->size);
       return true;
     };
     arenas_.erase(std::remove_if(arenas_.begin(), arenas_.end(), unused), arenas_.end());
