@@ -72,15 +72,22 @@ def random_mask(graph: ChannelGraph, share: float, seed: int) -> Mask:
 Step = Callable[[], None]
 
 
-def step_of(model: nn.Module, x: Tensor, labels: Tensor, afterwards: Step | None = None) -> Step:
+def step_of(
+    model: nn.Module, x: Tensor, labels: Tensor, hold: tuple[ChannelGraph, Mask] | None = None
+) -> Step:
+    """One step; with ``hold`` dead channels stay dead, as in a fit."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    keeper: WeightKeeper | None = None
+    if hold is not None:
+        keeper = WeightKeeper(model, hold[0], lambda: [optimizer])
+        keeper.set_mask(hold[1])
 
     def step() -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(x), labels).backward()
         optimizer.step()
-        if afterwards is not None:
-            afterwards()
+        if keeper is not None:
+            keeper.zero_dead()
 
     return step
 
@@ -115,7 +122,7 @@ class Variants:
                 twin = torch.compile(copy.deepcopy(own))
                 self.steps[f"{name} compiled"] = step_of(twin, x, self.labels)
 
-    def _gated(self) -> tuple[nn.Module, WeightKeeper, Tensor]:
+    def _gated(self) -> nn.Module:
         """The masked network in channels_last, a learned gate on every channel that can have one."""
         model = copy.deepcopy(self.dense).to(memory_format=torch.channels_last)
         keeper = WeightKeeper(model, self.graph)
@@ -124,19 +131,19 @@ class Variants:
         alive = torch.from_numpy(self.mask) | ~consumer_channels(self.graph)
         gates = nn.Parameter(alive.float())
         GateHooks(model, self.graph, lambda training: gates).attach()
-        return model, keeper, gates
+        return model
 
     def multiplied(self) -> None:
-        model, _, _ = self._gated()
+        model = self._gated()
         x = self.x.contiguous(memory_format=torch.channels_last)
         self.steps["multiplied"] = step_of(model, x, self.labels)
 
     def ours(self) -> None:
-        model, keeper, _ = self._gated()
+        model = self._gated()
         skipper = DeadChannelSkipper(model, self.graph, self.x[:1])
         skipper.set_mask(self.mask)
         x = self.x.contiguous(memory_format=torch.channels_last)
-        self.steps["ours"] = step_of(model, x, self.labels, keeper.zero_dead)
+        self.steps["ours"] = step_of(model, x, self.labels, (self.graph, self.mask))
 
     def reconfigured(self) -> None:
         """Dead channels cut out of parameters and optimizer, a gate on every channel that is left; nothing to hold at zero."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .derivatives import differentiable
-from .ops.availability import can_run_masked_conv2d
+from .ops.availability import can_run_masked_conv2d, extension_available
 
 #: Ways to compute one part of a convolution: by torch, by the compiled kernel over live channels, by it over all of them.
 PLAIN, SKIP, FULL = 0, 1, 2
@@ -35,20 +35,41 @@ _SMALL = 40_000
 
 
 class ReusedMemory:
-    """Memory of one tensor, given out again once nobody holds it: fresh memory costs a page fault every 4 KB."""
+    """Memory of a weight's gradient, given out again once nobody holds it.
+
+    Fresh memory costs a page fault every 4 KB. And what was zero before still is, unless somebody has written to it.
+    """
 
     def __init__(self) -> None:
         self._tensor: Tensor | None = None
         self._unused = 0
+        self._zeros: tuple[Any, ...] | None = (
+            None  # beside which live part it holds zeros, as of which version
+        )
 
-    def take(self, like: Tensor) -> Tensor:
-        """An uninitialised tensor, dense, of ``like``'s shape, dtype and memory format; nobody else has its memory."""
+    def spread(self, block: Tensor, like: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        """The live part among zeros, dense, of ``like``'s shape, dtype and memory format; nobody else has its memory.
+
+        Args:
+            block: the live part, of shape [rows, columns, kh, kw].
+            like: of shape [O, C, kh, kw], float32 or float64, contiguous or channels_last.
+            rows: int64 indices that live, sorted; None for all.
+            columns: likewise.
+        """
         own = self._tensor
         if own is None or own.shape != like.shape or own.stride() != like.stride() or own.dtype != like.dtype:
             own = self._tensor = torch.empty_like(like)
-            self._unused = _holders(own)
+            self._unused, self._zeros = _holders(own), None
         elif _holders(own) != self._unused:
-            return torch.empty_like(like)
+            whole = torch.empty_like(like)
+            with torch._C._AutoDispatchBelowAutograd():
+                _SPREAD(block, whole, rows, columns)
+            return whole
+        zeros = self._zeros
+        clean = zeros is not None and zeros[0] is rows and zeros[1] is columns and zeros[2] == own._version
+        with torch._C._AutoDispatchBelowAutograd():
+            _SPREAD(block, own, rows, columns, not clean)
+        self._zeros = rows, columns, own._version
         return own.detach()
 
 
@@ -238,10 +259,7 @@ def _sliced(
 def _widened_weight(grad: Tensor, weight: Tensor, call: ConvCall) -> Tensor:
     last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     if _in_blocks(weight, call) and (last or weight.is_contiguous()):
-        whole = torch.empty_like(weight) if call.memory is None else call.memory.take(weight)
-        with torch._C._AutoDispatchBelowAutograd():
-            torch.ops.lightning_prune.spread_block.default(grad, whole, call.live_out, call.live_in)
-        return whole
+        return (call.memory or ReusedMemory()).spread(grad, weight, call.live_out, call.live_in)
     for dim, index in ((1, call.columns(weight.shape[1])), (0, call.live_out)):
         grad = _spread(grad, weight.shape[dim], index, dim)
     return grad.contiguous(memory_format=torch.channels_last) if last else grad.contiguous()
@@ -298,3 +316,6 @@ class SkippedConv(torch.autograd.Function):
         if live:
             found = widened(found, weight, bias, gate, call, needs)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None)
+
+
+_SPREAD: Any = torch.ops.lightning_prune.spread_block.default if extension_available() else None

@@ -104,12 +104,13 @@ class PruningFit:
         ``rewrap`` are for :class:`Reconfigurer`; ``full_size`` says why nothing is cut unless it is asked for.
         """
         config = self.config
-        self.keeper = WeightKeeper(model, self.graph)
+        skipping = config.dead_channel_skipping
+        self.keeper = WeightKeeper(model, self.graph, optimizers if skipping else tuple)
         if config.metric == "latency" and self.chooser is not None:
             self.cost = measure_latency_cost(model, self._inputs_for(model), self.graph, progress)
             self.chooser.cost = self.cost
             self.chooser.check()
-        if config.dead_channel_skipping:
+        if skipping:
             # what dies until the next cut is not worth many comparisons
             steps = _STEPS_BETWEEN_CUTS if config.cut_every else 10
             self.skipper = DeadChannelSkipper(model, self.graph, self._inputs_for(model), steps=steps)
@@ -265,6 +266,8 @@ class PruningFit:
             self.learner.gates.detach()
         if self.skipper is not None:
             self.skipper.detach()
+        if self.keeper is not None:
+            self.keeper.detach()
         if self.distiller is not None:
             self.distiller.detach()
         if self.reconfigurer is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import (
     LambdaCallback,
     ModelPruning,
@@ -24,6 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from .config import PruneConfig
+from .live_steps import steps_elementwise
 from .schedule import Schedule
 
 
@@ -84,7 +84,6 @@ _BETWEEN_STEPS = (
     "on_train_batch_start", "on_train_batch_end", "on_before_backward", "on_after_backward", "on_before_zero_grad",
     "on_before_optimizer_step", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping",
 )  # fmt: skip
-_ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta")
 
 
 def why_full_size(trainer: pl.Trainer, module: pl.LightningModule, traced: Container[str]) -> str | None:
@@ -122,7 +121,7 @@ def why_full_size(trainer: pl.Trainer, module: pl.LightningModule, traced: Conta
         ):
             return f"{type(callback).__name__} may keep or change weights"
     for optimizer in trainer.optimizers:
-        if type(optimizer) not in (getattr(torch.optim, name) for name in _ELEMENTWISE):
+        if not steps_elementwise(optimizer):
             return f"{type(optimizer).__name__} is not known to step each weight by itself"
     dropouts = (nn.modules.dropout._DropoutNd, nn.RReLU)
     if any(isinstance(m, dropouts) for m in module.modules()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,32 @@ from .channels.groups import ChannelGraph, Mask
 from .channels.trace import named_tensors
 from .compaction import CompactionPlan, zeroed_slices
 from .gates.attach import consumer_sites
+from .live_steps import LiveSteps
 from .ops.availability import extension_available
 
 #: integers by bytes
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: of so many steps one sets all dead weights to zero, whether anything is known to have written to them or not
+_THOROUGH = 50
 
 
 class WeightKeeper:
-    """Acts on the tensors that the groups of ``graph`` control, in place and without gradients."""
+    """Acts on the tensors that the groups of ``graph`` control, in place and without gradients.
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+    Args:
+        model: the network.
+        graph: its traced channels.
+        optimizers: gives those that step it; from the first dead channel on until :meth:`detach` they leave dead weights out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        optimizers: Callable[[], Iterable[torch.optim.Optimizer]] = tuple,
+    ) -> None:
         self._graph = graph
+        self._steps, self._calls = LiveSteps(optimizers), 0
         self._tensors = named_tensors(model)
         self._dead: list[tuple[Tensor, Tensor]] = []  # tensor; all bits of what stays, broadcast against it
         self._radii: list[tuple[str, int, Tensor]] = []
@@ -36,39 +51,54 @@ class WeightKeeper:
     def follow(self, graph: ChannelGraph) -> None:
         """The tensors have been cut, or are whole again; :meth:`set_mask` has to follow."""
         self._graph, self._dead = graph, []
+        self._steps.set_lists({})
 
     def set_mask(self, mask: Mask) -> None:
         """Choose which channels :meth:`zero_dead` holds at zero."""
         plan = CompactionPlan.from_mask(self._graph, mask, remove_branches=True)
-        keep: dict[str, Tensor] = {}
+        kept: dict[str, dict[int, Tensor]] = {}  # tensor -> dimension -> which of its slices stay
         for piece in zeroed_slices(plan):
-            tensor = self._tensors[piece.tensor]
+            size = self._tensors[piece.tensor].shape[piece.dim]
             here = self._graph.here(piece.tensor, piece.dim, piece.removed)
-            if not len(here):
-                continue
-            bits = torch.full((tensor.shape[piece.dim],), -1, dtype=_BITS[tensor.element_size()])
-            bits[torch.from_numpy(here)] = 0
-            bits = bits.view([-1 if d == piece.dim else 1 for d in range(tensor.dim())])
-            other = keep.get(piece.tensor)
-            keep[piece.tensor] = bits if other is None else bits & other
-        self._dead = []
-        for name, bits in keep.items():
+            if len(here):
+                own = kept.setdefault(piece.tensor, {})
+                own.setdefault(piece.dim, torch.ones(size, dtype=torch.bool))[torch.from_numpy(here)] = False
+        live, self._dead = {}, []
+        for name, slices in kept.items():
             tensor = self._tensors[name]
+            lists = {dim: stays.nonzero()[:, 0] for dim, stays in slices.items()}
+            live[tensor] = lists.get(0), lists.get(1)
+            bits = torch.full((1,) * tensor.dim(), -1, dtype=_BITS[tensor.element_size()])
+            for dim, stays in slices.items():
+                bits = bits & -stays.to(bits.dtype).view([-1 if d == dim else 1 for d in range(tensor.dim())])
             if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
                 bits = bits.contiguous(memory_format=torch.channels_last)
             self._dead.append((tensor, bits.to(tensor.device)))
+        self._steps.set_lists(live)
 
     @torch.no_grad()
     def zero_dead(self) -> None:
         """Set everything that belongs to dead channels to zero: momentum must not bring them back."""
+        self._calls += 1
+        # Writing through ``tensor.data`` goes unnoticed.
+        still_zero = self._steps.still_zero() if self._calls % _THOROUGH else ()
+        self._zero([(tensor, keep) for tensor, keep in self._dead if id(tensor) not in still_zero])
+        self._steps.zeroed()
+
+    def detach(self) -> None:
+        """Optimizers step all weights again."""
+        self._steps.detach()
+
+    @staticmethod
+    def _zero(dead: list[tuple[Tensor, Tensor]]) -> None:
         # As bits, which takes a fifth of the time of filling by index, and infinities with it.
-        if self._dead and extension_available() and all(t.device.type == "cpu" for t, _ in self._dead):
-            tensors = [tensor for tensor, _ in self._dead]
+        if dead and extension_available() and all(t.device.type == "cpu" for t, _ in dead):
+            tensors = [tensor for tensor, _ in dead]
             with torch._C._AutoDispatchBelowAutograd():
-                torch.ops.lightning_prune.keep_bits.default(tensors, [keep for _, keep in self._dead])
+                torch.ops.lightning_prune.keep_bits.default(tensors, [keep for _, keep in dead])
             torch.autograd.graph.increment_version(tensors)
             return
-        for tensor, keep in self._dead:
+        for tensor, keep in dead:
             tensor.view(keep.dtype).bitwise_and_(keep)
 
     @torch.no_grad()

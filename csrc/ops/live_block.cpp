@@ -1,4 +1,5 @@
-// Bindings of live_block and spread_block: the live rows and columns of a convolution's weight, and back.
+// Bindings of live_block and spread_block: the live rows and columns of a convolution's weight, and back. gather_blocks and
+// spread_blocks do so for several tensors of a weight's shape, in memory that is there.
 #include "binding.h"
 #include "launch.h"
 
@@ -33,39 +34,73 @@ Block check(const char* op, const Tensor& weight, const std::optional<Tensor>& r
   return b;
 }
 
-Tensor live_block(const Tensor& weight, const std::optional<Tensor>& rows, const std::optional<Tensor>& columns) {
-  const Block b = check("live_block", weight, rows, columns);
-  Tensor block = new_output(weight, {b.outs.count, b.ins.count, b.shape.kh, b.shape.kw});
-  Scratch scratch(weight);
-  live_block_cpu(b.dtype, b.shape, view_of(weight), view_of(block), b.ins, b.outs, scratch.env());
-  return block;
+Sizes block_shape(const Block& b) { return {b.outs.count, b.ins.count, b.shape.kh, b.shape.kw}; }
+
+void check_block(const char* op, const Block& b, const Tensor& block, const Tensor& whole) {
+  const Sizes shape = block_shape(b);
+  if (show_shape(block) != show(shape) || block.scalar_type() != whole.scalar_type() || block.is_cuda())
+    fail(op, ": block must be ", dtype_name(whole.scalar_type()), " of shape ", show(shape), "; got ",
+         dtype_name(block.scalar_type()), " of shape ", show_shape(block));
 }
 
-void spread_block(const Tensor& block, const Tensor& out, const std::optional<Tensor>& rows,
-                  const std::optional<Tensor>& columns) {
-  const char* op = "spread_block";
-  const Block b = check(op, out, rows, columns);
-  const Sizes shape{b.outs.count, b.ins.count, b.shape.kh, b.shape.kw};
-  if (show_shape(block) != show(shape) || block.scalar_type() != out.scalar_type())
-    fail(op, ": block must be ", dtype_name(out.scalar_type()), " of shape ", show(shape), "; got ",
-         dtype_name(block.scalar_type()), " of shape ", show_shape(block));
+void spread(const char* op, const Block& b, const Tensor& block, const Tensor& out, bool clear) {
+  check_block(op, b, block, out);
   if (!is_channels_last(out) && !out.is_contiguous()) fail(op, ": out must be contiguous or channels_last");
   Scratch scratch(out);
   const auto s = out.strides();
   const int64_t steps[4] = {s[0], s[1], s[2], s[3]};
-  spread_block_cpu(b.dtype, b.shape, view_of(block), out.data_ptr(), steps, b.ins, b.outs, scratch.env());
+  spread_block_cpu(b.dtype, b.shape, view_of(block), out.data_ptr(), steps, b.ins, b.outs, clear, scratch.env());
+}
+
+void gather(const Block& b, const Tensor& whole, const Tensor& block) {
+  Scratch scratch(whole);
+  live_block_cpu(b.dtype, b.shape, view_of(whole), view_of(block), b.ins, b.outs, scratch.env());
+}
+
+Tensor live_block(const Tensor& weight, const std::optional<Tensor>& rows, const std::optional<Tensor>& columns) {
+  const Block b = check("live_block", weight, rows, columns);
+  Tensor block = new_output(weight, block_shape(b));
+  gather(b, weight, block);
+  return block;
+}
+
+void spread_block(const Tensor& block, const Tensor& out, const std::optional<Tensor>& rows,
+                  const std::optional<Tensor>& columns, bool clear) {
+  spread("spread_block", check("spread_block", out, rows, columns), block, out, clear);
+}
+
+void gather_blocks(const std::vector<Tensor>& wholes, const std::vector<Tensor>& blocks, const std::optional<Tensor>& rows,
+                   const std::optional<Tensor>& columns) {
+  const char* op = "gather_blocks";
+  if (wholes.size() != blocks.size()) fail(op, ": got ", wholes.size(), " tensors and blocks for ", blocks.size());
+  for (size_t i = 0; i < wholes.size(); ++i) {
+    const Block b = check(op, wholes[i], rows, columns);
+    check_block(op, b, blocks[i], wholes[i]);
+    gather(b, wholes[i], blocks[i]);
+  }
+}
+
+void spread_blocks(const std::vector<Tensor>& blocks, const std::vector<Tensor>& wholes, const std::optional<Tensor>& rows,
+                   const std::optional<Tensor>& columns) {
+  const char* op = "spread_blocks";
+  if (wholes.size() != blocks.size()) fail(op, ": got ", blocks.size(), " blocks and tensors for ", wholes.size());
+  for (size_t i = 0; i < wholes.size(); ++i) spread(op, check(op, wholes[i], rows, columns), blocks[i], wholes[i], false);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
   m.def("live_block(Tensor weight, Tensor? rows, Tensor? columns) -> Tensor");
-  m.def("spread_block(Tensor block, Tensor(a!) out, Tensor? rows, Tensor? columns) -> ()");
+  m.def("spread_block(Tensor block, Tensor(a!) out, Tensor? rows, Tensor? columns, bool clear=True) -> ()");
+  m.def("gather_blocks(Tensor[] wholes, Tensor(a!)[] blocks, Tensor? rows, Tensor? columns) -> ()");
+  m.def("spread_blocks(Tensor[] blocks, Tensor(a!)[] wholes, Tensor? rows, Tensor? columns) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) {
   m.impl("live_block", TORCH_BOX(&live_block));
   m.impl("spread_block", TORCH_BOX(&spread_block));
+  m.impl("gather_blocks", TORCH_BOX(&gather_blocks));
+  m.impl("spread_blocks", TORCH_BOX(&spread_blocks));
 }
 
 }  // namespace lp

@@ -52,7 +52,8 @@ def compact_optimizer(
         return piece.narrow_state(value) if piece is not None else value
 
     result = copy.copy(optimizer)
-    result.__dict__ = dict(optimizer.__dict__)
+    # Not an exchanged ``step``, as schedulers leave one behind: it would step the old optimizer.
+    result.__dict__ = {name: value for name, value in optimizer.__dict__.items() if name != "step"}
     result.param_groups = [
         {**group, "params": [counterpart(p) for p in group["params"]]} for group in optimizer.param_groups
     ]

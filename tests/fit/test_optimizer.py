@@ -14,6 +14,14 @@ from lightning_prune.compaction import apply_plan
 from lightning_prune.compaction.optimizer import compact_optimizer
 from tests.fit.toys import ToyNet, toy_data
 
+
+def scheduled(model: nn.Module) -> torch.optim.Optimizer:
+    """A scheduler puts another ``step`` into its optimizer."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    return optimizer
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-2),
     "adamw-groups": lambda m: torch.optim.AdamW(
@@ -21,6 +29,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
          {"params": [p for p in m.parameters() if p.dim() == 1], "lr": 3e-3}], lr=1e-2),
     "sgd-momentum": lambda m: torch.optim.SGD(m.parameters(), lr=1e-2, momentum=0.9, nesterov=True),
     "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-3, centered=True),
+    "scheduled": scheduled,
     "sgd-plain": lambda m: torch.optim.SGD(m.parameters(), lr=1e-2),
 }  # fmt: skip
 

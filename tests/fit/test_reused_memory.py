@@ -17,20 +17,53 @@ from lightning_prune.skipping import DeadChannelSkipper
 pytestmark = pytest.mark.skipif(not ops.extension_available(), reason="no compiled extension")
 
 
+ROWS, COLUMNS = torch.tensor([0, 2]), torch.tensor([1])
+
+
+def spread(memory: ReusedMemory, value: float, like: Tensor) -> Tensor:
+    """The gradient, all of whose live part is ``value``."""
+    block = torch.full((2, 1, *like.shape[2:]), value, dtype=like.dtype)
+    found = memory.spread(block, like, ROWS, COLUMNS)
+    expected = torch.zeros_like(like)
+    expected[ROWS[:, None], COLUMNS] = value
+    assert torch.equal(found, expected)
+    return found
+
+
 def test_memory_is_given_out_again_when_nobody_holds_it() -> None:
     memory, like = ReusedMemory(), torch.zeros(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
-    first = memory.take(like)
+    first = spread(memory, 1.0, like)
     assert first.stride() == like.stride()
     assert first.dtype == like.dtype
     place = first.data_ptr()
-    assert memory.take(like).data_ptr() != place
+    assert spread(memory, 2.0, like).data_ptr() != place
+    assert float(first.max()) == 1.0
     view = first[0]
     del first
-    assert memory.take(like).data_ptr() != place
+    assert spread(memory, 3.0, like).data_ptr() != place
     del view
-    assert memory.take(like).data_ptr() == place
-    assert memory.take(like.double()).dtype == torch.float64
-    assert memory.take(torch.zeros(5, 3, 2, 2)).shape == (5, 3, 2, 2)
+    assert spread(memory, 4.0, like).data_ptr() == place
+    assert spread(memory, 1.0, like.double()).dtype == torch.float64
+    assert spread(memory, 1.0, torch.zeros(5, 3, 2, 2)).shape == (5, 3, 2, 2)
+
+
+@pytest.mark.parametrize("write", ["add_", "foreach", "detached"])
+def test_what_somebody_wrote_beside_the_live_part_is_gone(write: str) -> None:
+    memory, like = ReusedMemory(), torch.zeros(4, 3, 2, 2)
+    place = 0
+    for value in (1.0, 2.0, 3.0):
+        grad = spread(memory, value, like)
+        place = place or grad.data_ptr()
+        assert grad.data_ptr() == place
+        if write == "add_":
+            grad.add_(5)
+        elif write == "foreach":
+            torch._foreach_add_([grad], 5.0)
+        else:
+            grad.detach().view(-1).add_(5)
+        del grad
+    memory.spread(torch.ones(4, 1, 2, 2), like, None, COLUMNS)  # other lists: other zeros
+    assert float(spread(memory, 1.0, like).sum()) == 8
 
 
 @pytest.mark.parametrize("keep", ["nothing", "gradients", "accumulate"])

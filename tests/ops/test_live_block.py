@@ -35,6 +35,37 @@ def test_there_and_back(data: st.DataObject, last: bool, dtype: torch.dtype) -> 
     for row in own[0]:
         expected[row, own[1]] = weight[row, own[1]]
     assert torch.equal(whole, expected)
+    # Where zeros are known to be, only the rows that live are written.
+    OP.spread_block(2 * block, whole, r, c, False)
+    assert torch.equal(whole, 2 * expected)
+
+
+@given(data=st.data(), last=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]))
+@settings(max_examples=60, deadline=None)
+def test_several_at_once_in_memory_that_is_there(data: st.DataObject, last: bool, dtype: torch.dtype) -> None:
+    """Each in its own memory format; rows that do not live are left as they are."""
+    shape = [data.draw(st.integers(1, size)) for size in (40, 70, 3, 3)]
+    rows, columns = (data.draw(lists(size)) for size in shape[:2])
+    own = [list(range(size)) if n is None else n for n, size in zip((rows, columns), shape, strict=False)]
+    r, c = (None if n is None else torch.tensor(n, dtype=torch.int64) for n in (rows, columns))
+    formats = [torch.channels_last if last else torch.contiguous_format, torch.contiguous_format]
+    wholes = [torch.randn(shape, dtype=dtype).contiguous(memory_format=f) for f in formats]
+    before = [w.clone() for w in wholes]
+    blocks = [
+        torch.empty(len(own[0]), len(own[1]), *shape[2:], dtype=dtype).contiguous(memory_format=f)
+        for f in formats
+    ]
+    OP.gather_blocks(wholes, blocks, r, c)
+    for whole, block in zip(wholes, blocks, strict=True):
+        assert torch.equal(block, whole[own[0]][:, own[1]])
+        block.neg_()
+    OP.spread_blocks(blocks, wholes, r, c)
+    for whole, old in zip(wholes, before, strict=True):
+        expected = old.clone()
+        for row in own[0]:
+            expected[row] = 0
+            expected[row, own[1]] = -old[row, own[1]]
+        assert torch.equal(whole, expected)
 
 
 def test_errors() -> None:
@@ -47,3 +78,11 @@ def test_errors() -> None:
         OP.spread_block(weight, weight.clone(), torch.tensor([0]), None)
     with pytest.raises(RuntimeError, match="contiguous or channels_last"):
         OP.spread_block(weight, torch.zeros(4, 3, 2, 4)[..., ::2], None, None)
+    with pytest.raises(RuntimeError, match="gather_blocks: got 1 tensors and blocks for 0"):
+        OP.gather_blocks([weight], [], None, None)
+    with pytest.raises(RuntimeError, match="spread_blocks: got 1 blocks and tensors for 2"):
+        OP.spread_blocks([weight], [weight, weight], None, None)
+    with pytest.raises(
+        RuntimeError, match=r"gather_blocks: block must be float32 of shape \(2, 3, 2, 2\); got"
+    ):
+        OP.gather_blocks([weight], [weight.clone()], torch.tensor([0, 3]), None)

@@ -30,8 +30,8 @@ static bool live_rows(const LiveRows& p, const Env& env) {
         const bool full = k.there == 0xffff, whole_vector = k.at + L <= live;
         const __mmask16 used = __mmask16((1u << k.count) - 1);
         float* const at = small + k.at;
+        __builtin_prefetch(large + ahead, 0, 2);
         if (p.gather) {
-          __builtin_prefetch(large + ahead, 0, 2);
           const __m512 values =
               _mm512_maskz_compress_ps(k.live, full ? _mm512_loadu_ps(large) : _mm512_maskz_loadu_ps(k.there, large));
           whole_vector ? _mm512_storeu_ps(at, values) : _mm512_mask_storeu_ps(at, used, values);

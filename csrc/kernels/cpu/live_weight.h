@@ -78,24 +78,26 @@ void gather_weight(const Env& env, const ConvShape& s, const View& w, const View
       &context);
 }
 
-// The gradient of the live part into that of the whole weight, every element of which is written; rows are dense.
+// The live part into a whole tensor, whose rows are dense: zeros beside it in the rows that live and, with `clear`, in all
+// others, which else are left alone.
 template <class T>
 void spread_weight(const Env& env, const ConvShape& s, const View& from, const IndexList& ins, const IndexList& outs, T* grad,
-                   const int64_t* step) {
+                   const int64_t* step, bool clear = true) {
+  // Rows by vectors, unless so few elements live among zeros that writing them one by one is less work.
+  const bool many = !clear || outs.count * ins.count * 8 >= s.outputs * s.channels;
+  const bool copied = many && copied_by_vectors<T>(env, s, false, grad, step, from, ins, outs);
+  if (copied && !clear) return;
   int64_t* place = scratch<int64_t>(env, s.outputs);
   std::fill(place, place + s.outputs, int64_t(-1));
   for (int64_t o = 0; o < outs.count; ++o) place[outs[o]] = o;
-  // Few live elements among zeros are written one by one.
-  const bool many = outs.count * ins.count * 8 >= s.outputs * s.channels;
-  const bool copied = many && copied_by_vectors<T>(env, s, false, grad, step, from, ins, outs);
   struct Context {
     const ConvShape& s;
     const View& from;
     const IndexList& ins;
     T* grad;
     const int64_t *step, *place;
-    bool copied;
-  } context{s, from, ins, grad, step, place, copied};
+    bool copied, clear;
+  } context{s, from, ins, grad, step, place, copied, clear};
   env.parallel(
       s.outputs,
       [](int64_t begin, int64_t end, void* ctx) {
@@ -105,14 +107,16 @@ void spread_weight(const Env& env, const ConvShape& s, const View& from, const I
           std::memset(k.grad + first * size, 0, size_t((last - first) * size) * sizeof(T));
         };
         // At once, because a long run is filled without reading it first.
-        if (!k.copied) fill(begin, end);
+        if (!k.copied && k.clear) fill(begin, end);
         for (int64_t o = begin; o < end; ++o) {
-          if (k.copied && k.place[o] < 0) {
+          const bool lives = k.place[o] >= 0;
+          if (k.copied && !lives) {
             int64_t last = o + 1;
             while (last < end && k.place[last] < 0) ++last;
             fill(o, last);
             o = last - 1;
-          } else if (!k.copied && k.place[o] >= 0) {
+          } else if (!k.copied && lives) {
+            if (!k.clear) fill(o, o + 1);
             spread_row(k.s, k.ins, static_cast<const T*>(k.from.data) + k.place[o] * k.from.n, k.from, k.grad + o * size,
                        k.step);
           }

@@ -528,9 +528,9 @@ void live_block_cpu(DType dtype, const ConvShape& s, const View& weight, const V
 }
 
 void spread_block_cpu(DType dtype, const ConvShape& s, const View& block, void* out, const int64_t* step, const IndexList& ins,
-                      const IndexList& outs, const Env& env) {
-  dtype == DType::f64 ? spread_weight<double>(env, s, block, ins, outs, static_cast<double*>(out), step)
-                      : spread_weight<float>(env, s, block, ins, outs, static_cast<float*>(out), step);
+                      const IndexList& outs, bool clear, const Env& env) {
+  dtype == DType::f64 ? spread_weight<double>(env, s, block, ins, outs, static_cast<double*>(out), step, clear)
+                      : spread_weight<float>(env, s, block, ins, outs, static_cast<float*>(out), step, clear);
 }
 
 }  // namespace lp

@@ -194,12 +194,12 @@ const CpuKernels& cpu_kernels();
 // Drivers: torch-free entry points for the bindings.
 void masked_forward_cpu(const MaskedForward&, const Env&);
 void masked_backward_cpu(const MaskedBackward&, const Env&);
-// The rows `outs` and columns `ins` of a weight (its shape in outputs, channels, kh, kw of `s`) side by side, and back: every
-// element of `out`, zero elsewhere.
+// The rows `outs` and columns `ins` of a weight (its shape in outputs, channels, kh, kw of `s`) side by side, and back, with
+// zeros beside them: in the rows `outs` or, with `clear`, everywhere.
 void live_block_cpu(DType, const ConvShape& s, const View& weight, const View& block, const IndexList& ins,
                     const IndexList& outs, const Env&);
 void spread_block_cpu(DType, const ConvShape& s, const View& block, void* out, const int64_t* step, const IndexList& ins,
-                      const IndexList& outs, const Env&);
+                      const IndexList& outs, bool clear, const Env&);
 void compact_forward_cpu(const CompactForward&, const Env&);
 void pack_cpu(const View& weight, DType dtype, int64_t outputs, int64_t channels_per_group, int64_t kh, int64_t kw,
               int64_t groups, void* packed, const Env&);
