@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .derivatives import differentiable
-from .ops.availability import can_run_masked_conv2d, extension_available
+from .ops.availability import can_run_masked_conv2d
+from .reused_memory import ReusedMemory
 
 #: Ways to compute one part of a convolution: by torch, by the compiled kernel over live channels, by it over all of them.
 PLAIN, SKIP, FULL = 0, 1, 2
@@ -32,50 +33,6 @@ class Choice(NamedTuple):
 ALL_PLAIN = Choice(PLAIN, PLAIN, PLAIN)
 #: elements of a weight whose live part the kernel copies anew in every call, which takes less time than another call
 _SMALL = 40_000
-
-
-class ReusedMemory:
-    """Memory of a weight's gradient, given out again once nobody holds it.
-
-    Fresh memory costs a page fault every 4 KB. And what was zero before still is, unless somebody has written to it.
-    """
-
-    def __init__(self) -> None:
-        self._tensor: Tensor | None = None
-        self._unused = 0
-        self._zeros: tuple[Any, ...] | None = (
-            None  # beside which live part it holds zeros, as of which version
-        )
-
-    def spread(self, block: Tensor, like: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        """The live part among zeros, dense, of ``like``'s shape, dtype and memory format; nobody else has its memory.
-
-        Args:
-            block: the live part, of shape [rows, columns, kh, kw].
-            like: of shape [O, C, kh, kw], float32 or float64, contiguous or channels_last.
-            rows: int64 indices that live, sorted; None for all.
-            columns: likewise.
-        """
-        own = self._tensor
-        if own is None or own.shape != like.shape or own.stride() != like.stride() or own.dtype != like.dtype:
-            own = self._tensor = torch.empty_like(like)
-            self._unused, self._zeros = _holders(own), None
-        elif _holders(own) != self._unused:
-            whole = torch.empty_like(like)
-            with torch._C._AutoDispatchBelowAutograd():
-                _SPREAD(block, whole, rows, columns)
-            return whole
-        zeros = self._zeros
-        clean = zeros is not None and zeros[0] is rows and zeros[1] is columns and zeros[2] == own._version
-        with torch._C._AutoDispatchBelowAutograd():
-            _SPREAD(block, own, rows, columns, not clean)
-        self._zeros = rows, columns, own._version
-        return own.detach()
-
-
-def _holders(tensor: Tensor) -> int:
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count
 
 
 @dataclass(frozen=True)
@@ -316,6 +273,3 @@ class SkippedConv(torch.autograd.Function):
         if live:
             found = widened(found, weight, bias, gate, call, needs)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None)
-
-
-_SPREAD: Any = torch.ops.lightning_prune.spread_block.default if extension_available() else None

@@ -33,7 +33,7 @@ from .redundancy import warn_if_symmetric
 from .skipping import DeadChannelSkipper
 from .weights import WeightKeeper, first_convolution
 
-#: how often a layer is compared anew while it dies completely, if the network is cut at epoch ends anyway
+#: how often a layer is compared anew while it dies completely, if the network is cut at epoch ends anyway: what dies in between is little
 _STEPS_BETWEEN_CUTS = 2
 #: averages a tensor over the ranks of a distributed run
 Reduce = Callable[[Tensor], Tensor]
@@ -104,14 +104,12 @@ class PruningFit:
         ``rewrap`` are for :class:`Reconfigurer`; ``full_size`` says why nothing is cut unless it is asked for.
         """
         config = self.config
-        skipping = config.dead_channel_skipping
-        self.keeper = WeightKeeper(model, self.graph, optimizers if skipping else tuple)
+        self.keeper = WeightKeeper(model, self.graph, optimizers if config.dead_channel_skipping else tuple)
         if config.metric == "latency" and self.chooser is not None:
             self.cost = measure_latency_cost(model, self._inputs_for(model), self.graph, progress)
             self.chooser.cost = self.cost
             self.chooser.check()
-        if skipping:
-            # what dies until the next cut is not worth many comparisons
+        if config.dead_channel_skipping:
             steps = _STEPS_BETWEEN_CUTS if config.cut_every else 10
             self.skipper = DeadChannelSkipper(model, self.graph, self._inputs_for(model), steps=steps)
         if self._auto and full_size is not None:

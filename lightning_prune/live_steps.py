@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as internals
 
 from .ops.availability import extension_available
+from .reused_memory import ReusedMemory
 
 #: optimizers of torch whose steps go element by element
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta")
@@ -42,12 +43,14 @@ class _Block:
         parameter: of full size.
         lists: its rows and columns that live.
         shadow: stands in its place during a step.
+        grad: memory for the live part of its gradient.
         memory: name of a state tensor -> its live part, and the tensor and version that it is known to be the live part of.
     """
 
     parameter: Tensor
     lists: Lists
     shadow: nn.Parameter
+    grad: Tensor | None = None
     memory: dict[str, tuple[Tensor, Tensor | None, int]] = field(default_factory=dict)
 
     @classmethod
@@ -61,9 +64,13 @@ class _Block:
         if not _fits(whole, whole) or not _fits(grad, whole):
             return None
         assert grad is not None
-        if shadow.grad is None:
-            shadow.grad = torch.empty_like(shadow)
-        wholes, blocks, own = [whole, grad], [shadow.detach(), shadow.grad], {}
+        wholes, blocks, own = [whole], [shadow.detach()], {}
+        part = ReusedMemory.live_part(grad, *self.lists) if grad.dim() == 4 else None
+        if part is None or part.stride() != shadow.stride():
+            part = self.grad = torch.empty_like(blocks[0]) if self.grad is None else self.grad
+            wholes.append(grad)
+            blocks.append(part)
+        shadow.grad = part
         for name, value in state.get(whole, {}).items():
             own[name] = value
             if isinstance(value, Tensor) and value.shape == whole.shape:

@@ -22,7 +22,7 @@ from .channels.groups import ChannelGraph, Mask
 from .compaction import CompactionPlan, mask_channels, max_relative_error
 from .compaction.apply import clone_model
 from .conv_norms import PAIRED, Pair
-from .conv_ways import ALL_PLAIN, FULL, PLAIN, SKIP, Choice, ConvCall, ReusedMemory, SkippedConv
+from .conv_ways import ALL_PLAIN, FULL, PLAIN, SKIP, Choice, ConvCall, SkippedConv
 from .fused_norms import FusedNorms
 from .gates.attach import IN_GATE, LIVE_INPUTS, TAKES_GATES, GateHooks
 from .hooks import Marker, PrivateHook, only_plain_calls
@@ -31,11 +31,12 @@ from .live_maps import LiveMaps, aligned_groups, live_indices, norm_channels
 from .nn._convert import symmetric_padding
 from .ops.availability import can_run_masked_conv2d, cuda_built, extension_available
 from .ops.map_memory import release_maps
+from .reused_memory import ReusedMemory
 from .timing import fastest
 from .whole_network import whole_network_calls
 
 #: smaller convolutions (multiply-accumulates of one dense forward call) are left alone
-LEAST_MACS = 1_000_000
+LEAST_MACS = 400_000
 #: in a step torch's kernels take so many times as long as alone on the CPU: their results lie in fresh memory every time
 _FRESH_MEMORY = 1.3
 #: largest difference of a network with narrower maps, relative to its largest output, that rounding explains

@@ -1,5 +1,7 @@
 // Bindings of live_block and spread_block: the live rows and columns of a convolution's weight, and back. gather_blocks and
 // spread_blocks do so for several tensors of a weight's shape, in memory that is there.
+#include <algorithm>
+
 #include "binding.h"
 #include "launch.h"
 
@@ -87,11 +89,37 @@ void spread_blocks(const std::vector<Tensor>& blocks, const std::vector<Tensor>&
   for (size_t i = 0; i < wholes.size(); ++i) spread(op, check(op, wholes[i], rows, columns), blocks[i], wholes[i], false);
 }
 
+// Whether a few elements of the block, not all of them zero, are those of the whole tensor: whoever has multiplied it since,
+// or filled it, has changed them.
+bool is_live_part(const Tensor& whole, const Tensor& block, const std::optional<Tensor>& rows,
+                  const std::optional<Tensor>& columns) {
+  const char* op = "is_live_part";
+  const Block b = check(op, whole, rows, columns);
+  check_block(op, b, block, whole);
+  const View w = view_of(whole), v = view_of(block);
+  const auto same = [&](auto zero) {
+    using T = decltype(zero);
+    bool any = false;
+    for (int64_t i = 0, probes = 8; i < probes && b.outs.count * b.ins.count > 0; ++i) {
+      const int64_t o = b.outs.count * i / probes;
+      for (int64_t c = 0; c < std::min<int64_t>(b.ins.count, probes); ++c) {
+        const T theirs = static_cast<const T*>(w.data)[b.outs[o] * w.n + b.ins[c] * w.c];
+        const T ours = static_cast<const T*>(v.data)[o * v.n + c * v.c];
+        if (!(theirs == ours)) return false;
+        any |= ours != zero;
+      }
+    }
+    return any;
+  };
+  return b.dtype == DType::f64 ? same(0.0) : same(0.0f);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
   m.def("live_block(Tensor weight, Tensor? rows, Tensor? columns) -> Tensor");
   m.def("spread_block(Tensor block, Tensor(a!) out, Tensor? rows, Tensor? columns, bool clear=True) -> ()");
+  m.def("is_live_part(Tensor whole, Tensor block, Tensor? rows, Tensor? columns) -> bool");
   m.def("gather_blocks(Tensor[] wholes, Tensor(a!)[] blocks, Tensor? rows, Tensor? columns) -> ()");
   m.def("spread_blocks(Tensor[] blocks, Tensor(a!)[] wholes, Tensor? rows, Tensor? columns) -> ()");
 }
@@ -99,6 +127,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lightning_prune, m) {
 STABLE_TORCH_LIBRARY_IMPL(lightning_prune, CPU, m) {
   m.impl("live_block", TORCH_BOX(&live_block));
   m.impl("spread_block", TORCH_BOX(&spread_block));
+  m.impl("is_live_part", TORCH_BOX(&is_live_part));
   m.impl("gather_blocks", TORCH_BOX(&gather_blocks));
   m.impl("spread_blocks", TORCH_BOX(&spread_blocks));
 }

@@ -166,6 +166,13 @@ def _no_second_order(ctx: Any, *grads: Tensor) -> Any:
     )
 
 
+def _live_block_fake(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    sizes = [n if i is None else len(i) for n, i in zip(weight.shape, (rows, columns), strict=False)]
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    block = weight.new_empty(*sizes, *weight.shape[2:])
+    return block.contiguous(memory_format=torch.channels_last) if last else block
+
+
 def _register() -> None:
     library = torch.library
     library.register_fake(f"{NAMESPACE}::masked_conv2d", _masked_conv2d_fake)
@@ -173,6 +180,9 @@ def _register() -> None:
     library.register_fake(f"{NAMESPACE}::pack_conv2d_weight", _pack_fake)
     library.register_fake(f"{NAMESPACE}::compact_conv2d", _compact_conv2d_fake)
     library.register_fake(f"{NAMESPACE}::keep_bits", lambda tensors, keep: None)
+    library.register_fake(f"{NAMESPACE}::live_block", _live_block_fake)
+    for name in ("spread_block", "gather_blocks", "spread_blocks"):
+        library.register_fake(f"{NAMESPACE}::{name}", lambda *arguments: None)
     library.register_autograd(f"{NAMESPACE}::masked_conv2d", _backward, setup_context=_setup_context)
     library.register_autograd(f"{NAMESPACE}::masked_conv2d_backward", _no_second_order)
     for device in ("cpu", "cuda"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune import ops, trace_channels
 from lightning_prune.compaction import CompactionPlan, mask_channels
-from lightning_prune.conv_ways import ReusedMemory
+from lightning_prune.reused_memory import ReusedMemory
 from lightning_prune.skipping import DeadChannelSkipper
 
 pytestmark = pytest.mark.skipif(not ops.extension_available(), reason="no compiled extension")
@@ -102,3 +102,32 @@ def test_gradients_of_earlier_steps_stay(keep: str) -> None:
                 )
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
     assert len(places) == {"nothing": 2, "gradients": 5, "accumulate": 2}[keep]
+
+
+@pytest.mark.parametrize("since", ["nothing", "added", "scaled", "others", "lists", "zeros", "copied"])
+def test_a_gradient_knows_its_live_part(since: str) -> None:
+    memory, like = ReusedMemory(), torch.zeros(4, 3, 2, 2)
+    grad = memory.spread(torch.ones(2, 1, 2, 2), like, ROWS, COLUMNS)
+    assert ReusedMemory.live_part(grad, ROWS, COLUMNS) is None  # from the second call on
+    del grad
+    block = torch.zeros(2, 1, 2, 2) if since == "zeros" else torch.randn(2, 1, 2, 2)
+    grad = memory.spread(block, like, ROWS, COLUMNS)
+    rows = ROWS.clone()
+    if since == "added":
+        grad.add_(1)
+    elif since == "scaled":  # without a new version
+        version = grad._version
+        torch._amp_foreach_non_finite_check_and_unscale_([grad], torch.zeros(1), torch.tensor(0.5))
+        assert grad._version == version
+    elif since == "others":
+        grad = memory.spread(block, like, ROWS, COLUMNS)
+    elif since == "lists":
+        rows = torch.tensor([0, 3])
+    elif since == "copied":
+        grad = grad.clone()
+    found = ReusedMemory.live_part(grad, rows, COLUMNS)
+    if since == "nothing":
+        assert found is block
+        assert ReusedMemory.live_part(grad, rows, COLUMNS) is None  # once: whoever has it may change it
+    else:
+        assert found is None

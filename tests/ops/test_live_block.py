@@ -86,3 +86,32 @@ def test_errors() -> None:
         RuntimeError, match=r"gather_blocks: block must be float32 of shape \(2, 3, 2, 2\); got"
     ):
         OP.gather_blocks([weight], [weight.clone()], torch.tensor([0, 3]), None)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_opcheck(memory_format: torch.memory_format) -> None:
+    whole = torch.randn(6, 5, 3, 3).contiguous(memory_format=memory_format)
+    rows, columns = torch.tensor([0, 4]), torch.tensor([1, 2, 3])
+    block = OP.live_block(whole, rows, columns)
+    for op, arguments in (
+        (OP.live_block, (whole, rows, columns)),
+        (OP.live_block, (whole, None, columns)),
+        (OP.spread_block, (block, whole, rows, columns)),
+        (OP.gather_blocks, ([whole, whole], [block.clone(), block.clone()], rows, columns)),
+        (OP.spread_blocks, ([block], [whole], rows, columns)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_few_elements_tell_the_live_part_of_a_tensor() -> None:
+    whole = torch.randn(20, 30, 3, 3, dtype=torch.float64)
+    rows, columns = torch.tensor([3, 7, 8, 19]), torch.tensor([0, 29])
+    block = OP.live_block(whole, rows, columns)
+    assert OP.is_live_part(whole, block, rows, columns)
+    assert not OP.is_live_part(whole, 2 * block, rows, columns)
+    assert not OP.is_live_part(torch.full_like(whole, float("nan")), block, rows, columns)
+    assert not OP.is_live_part(
+        torch.zeros_like(whole), torch.zeros_like(block), rows, columns
+    )  # tells nothing
+    none = torch.empty(0, dtype=torch.int64)
+    assert not OP.is_live_part(whole, whole[:0], none, None)
