@@ -33,7 +33,7 @@ from .redundancy import warn_if_symmetric
 from .skipping import DeadChannelSkipper
 from .weights import WeightKeeper, first_convolution
 
-#: how often a layer is compared anew while it dies completely, if the network is cut at epoch ends anyway: what dies in between is little
+#: how often a layer that dies is compared anew if the network is cut at epoch ends: what dies in between is little
 _STEPS_BETWEEN_CUTS = 2
 #: averages a tensor over the ranks of a distributed run
 Reduce = Callable[[Tensor], Tensor]
