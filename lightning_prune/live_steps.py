@@ -24,8 +24,12 @@ from .reused_memory import ReusedMemory
 
 #: optimizers of torch whose steps go element by element
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta")
-#: elements of a weight, and the share of them that lives, from which on copying takes longer than it saves
-_LEAST, _MOST_LIVE = 30_000, 0.6
+#: elements of a weight below which copying takes longer than it saves
+_LEAST = 30_000
+#: and the share of them that lives above which it does, unless the optimizer has one in SHARES
+_MOST_LIVE = 0.5
+#: SGD does little more with an element than copy it
+SHARES = {"SGD": 0.2}
 #: rows and columns that live, sorted int64, None for all
 Lists = tuple[Tensor | None, Tensor | None]
 
@@ -42,6 +46,7 @@ class _Block:
     Attributes:
         parameter: of full size.
         lists: its rows and columns that live.
+        share: of its elements that live.
         shadow: stands in its place during a step.
         grad: memory for the live part of its gradient.
         memory: name of a state tensor -> its live part, and the tensor and version that it is known to be the live part of.
@@ -49,13 +54,14 @@ class _Block:
 
     parameter: Tensor
     lists: Lists
+    share: float
     shadow: nn.Parameter
     grad: Tensor | None = None
     memory: dict[str, tuple[Tensor, Tensor | None, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, parameter: Tensor, lists: Lists) -> _Block:
-        return cls(parameter, lists, nn.Parameter(_live_part(parameter, lists)))
+        return cls(parameter, lists, _share(parameter, lists), nn.Parameter(_live_part(parameter, lists)))
 
     def enter(self, state: dict[Tensor, Any]) -> nn.Parameter | None:
         """Copy the live parts of parameter, gradient and state; None where the gradient is not one that can be."""
@@ -113,7 +119,7 @@ class LiveSteps:
 
     Steps as usual: optimizers that are not torch's own elementwise ones, that somebody has hooks on or has exchanged the step
     of, that are ``differentiable`` or ``capturable``; parameters on a GPU, of other dtypes than float32 and float64, without a
-    gradient, small, or mostly alive; everything without the compiled extension. The state of dead channels is not stepped: it
+    gradient, small, or largely alive; everything without the compiled extension. The state of dead channels is not stepped: it
     stays as it was, or zero where it shares a row with what lives.
 
     Args:
@@ -194,7 +200,8 @@ class LiveSteps:
         block = self._blocks.get(id(parameter))
         if block is None:
             return parameter
-        shadow = block.enter(optimizer.state) if allowed else None
+        limit = SHARES.get(type(optimizer).__name__, _MOST_LIVE)
+        shadow = block.enter(optimizer.state) if allowed and block.share <= limit else None
         if shadow is None:
             self._zero.pop(id(parameter), None)
             self._stepped.discard(id(parameter))
@@ -242,10 +249,15 @@ def _allowed(optimizer: torch.optim.Optimizer) -> bool:
 def _worthwhile(parameter: Tensor, lists: Lists) -> bool:
     if not extension_available() or not _fits(parameter, parameter) or parameter.numel() < _LEAST:
         return False
+    return 0 < _share(parameter, lists) <= _MOST_LIVE
+
+
+def _share(parameter: Tensor, lists: Lists) -> float:
+    """Of the elements that live."""
     live = 1.0
     for index, size in zip(lists, parameter.shape, strict=False):
         live *= 1.0 if index is None else len(index) / size
-    return 0 < live <= _MOST_LIVE
+    return live
 
 
 def _fits(tensor: Tensor | None, like: Tensor) -> bool:

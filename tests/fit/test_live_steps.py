@@ -318,3 +318,18 @@ def test_a_fit_ends_where_it_would_have_ended(
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
     assert not hasattr(optimizer.step, "__wrapped__") or hasattr(optimizer.step, "_wrapped_by_lr_sched")
     assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in own.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "live", "narrow"), [("SGD", 2, True), ("SGD", 4, False), ("Adam", 4, True), ("Adam", 7, False)]
+)
+def test_copying_has_to_be_worth_it(name: str, live: int, narrow: bool) -> None:
+    """Of 8 rows and 6 columns 4 columns live, and some rows."""
+    params = parameters()
+    optimizer = getattr(torch.optim, name)(params, lr=0.1)
+    steps = LiveSteps(lambda: [optimizer])
+    steps.set_lists({params[0]: (torch.arange(live), torch.arange(4))})
+    give_gradients(params, 0)
+    with steps.narrow(optimizer):
+        shape = optimizer.param_groups[0]["params"][0].shape
+    assert shape == ((live, 4, 3, 3) if narrow else SHAPES[0])
