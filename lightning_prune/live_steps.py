@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as internals
 
 from .ops.availability import extension_available
-from .reused_memory import ReusedMemory
+from .reused_memory import ReusedMemory, same_indices
 
 #: optimizers of torch whose steps go element by element
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta")
@@ -62,6 +62,11 @@ class _Block:
     @classmethod
     def of(cls, parameter: Tensor, lists: Lists) -> _Block:
         return cls(parameter, lists, _share(parameter, lists), nn.Parameter(_live_part(parameter, lists)))
+
+    def is_for(self, parameter: Tensor, lists: Lists) -> bool:
+        """Whether it is what lives of a parameter that has these rows and columns."""
+        mine, same = self.parameter, all(map(same_indices, self.lists, lists))
+        return same and mine is parameter and self.shadow.dtype == parameter.dtype
 
     def enter(self, state: dict[Tensor, Any]) -> nn.Parameter | None:
         """Copy the live parts of parameter, gradient and state; None where the gradient is not one that can be."""
@@ -130,15 +135,20 @@ class LiveSteps:
         self._optimizers = optimizers
         self._blocks: dict[int, _Block] = {}
         self._stepped: set[int] = set()  # parameters that were stepped here
-        self._zero: dict[
-            int, int
-        ] = {}  # parameter -> version as of which its dead weights are known to be zero
+        # parameter -> version as of which its dead weights are known to be zero
+        self._zero: dict[int, int] = {}
         self._exchanged: list[tuple[torch.optim.Optimizer, Any, Any]] = []
 
     def set_lists(self, lists: Mapping[Tensor, Lists]) -> None:
         """What lives of each parameter from now on; empty: step everything."""
         self._zero, self._stepped = {}, set()
-        self._blocks = {id(p): _Block.of(p, own) for p, own in lists.items() if _worthwhile(p, own)}
+        before, self._blocks = self._blocks, {}
+        for parameter, own in lists.items():
+            if _worthwhile(parameter, own):
+                known = before.get(id(parameter))
+                if known is None or not known.is_for(parameter, own):
+                    known = _Block.of(parameter, own)
+                self._blocks[id(parameter)] = known
         if self._blocks and not self._exchanged:
             self._exchange()
         elif not self._blocks:
@@ -156,9 +166,8 @@ class LiveSteps:
     def detach(self) -> None:
         """The optimizers step as before."""
         for optimizer, step, before in self._exchanged:
-            if (
-                optimizer.__dict__.get("step") is step
-            ):  # else somebody has exchanged ours, which does nothing any more
+            # Else somebody has exchanged ours, which does nothing any more.
+            if optimizer.__dict__.get("step") is step:
                 del optimizer.__dict__["step"]
                 if before is not None:
                     optimizer.__dict__["step"] = before

@@ -67,13 +67,14 @@ class ReusedMemory:
             return None
         if grad.shape != own.shape or grad.stride() != own.stride() or grad.dtype != own.dtype:
             return None
-        if not (_equal(rows, zeros[0]) and _equal(columns, zeros[1])):
+        if not (same_indices(rows, zeros[0]) and same_indices(columns, zeros[1])):
             return None
         # Loss scalers multiply gradients without a new version.
         return block if _IS_PART(grad, block, rows, columns) else None
 
 
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+def same_indices(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two lists have the same numbers; None is all of them."""
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 

@@ -86,6 +86,8 @@ def test_live_weights_go_where_they_would_have_gone(
     steps = LiveSteps(lambda: [optimizers[0]])
     for number in range(5):
         if number == 1:  # the state is there and dense; from here on over live channels
+            steps.set_lists({p: (torch.tensor([1, 2, 5, 7]), COLUMNS) for p in nets[0] if p.dim() > 1})
+        elif number > 1:  # one more dies; the next time nothing does
             steps.set_lists(lists(nets[0]))
         for params, optimizer in zip(nets, optimizers, strict=True):
             if how == "closure":
