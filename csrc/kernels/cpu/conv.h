@@ -3,16 +3,19 @@
 template <class S, class T>
 static void run_panels(const TapConv& p, const TileSet<T>& set, const T* weight, int64_t panel_stride, const int64_t* run_at,
                        const int64_t* run_length, int runs, const PixelTable<T>& table, int64_t pixels, int64_t first,
-                       int64_t count, int64_t ld) {
+                       int64_t count, int64_t ld, int64_t outputs = 0) {
   T out[14 * 3 * kPanel] __attribute__((aligned(64)));
   const int64_t tiles = (pixels + set.max - 1) / set.max;
   const T* pointer[14];
+  const int64_t depth = panel_stride / kPanel;
+  NextPanels<T> ahead = next_panels(weight, depth, ld, outputs, tiles);
   const bool consecutive = is_run(p.out_channel + first, count);
   for (int64_t t = 0; t < tiles; ++t) {
     // Even shares instead of full tiles and a stump.
     const int64_t begin = pixels * t / tiles, size = pixels * (t + 1) / tiles - begin;
     for (int j = 0; j < 14; ++j) pointer[j] = table.in[begin + std::min<int64_t>(j, size - 1)];
-    set.fn[size](pointer, run_at, run_length, runs, weight, panel_stride, out);
+    set.fn[size](pointer, run_at, run_length, runs, weight, panel_stride, ahead, out);
+    ahead.at += depth * ahead.step;
     epilogue<S, T>(p, out, ld, table, begin, size, first, count, consecutive);
   }
 }
@@ -147,7 +150,7 @@ static void conv(const TapConv& p, const Env& env) {
       }
       const int64_t o = panel * kPanel;
       run_panels<S, T>(p, *set, weight + o * depth, kPanel * depth, run_at, run_length, runs, table, pixels, first + o,
-                       std::min(take * kPanel, outputs - o), take * kPanel);
+                       std::min(take * kPanel, outputs - o), take * kPanel, outputs);
       panel += take;
     }
     if (rest > 0 && rest <= 8) {

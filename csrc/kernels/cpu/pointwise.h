@@ -38,7 +38,8 @@ struct PointwiseTile {
   int64_t ldy, count;
   Clamp bounds;
   bool near;  // y is in the cache
-  int64_t tiles;
+  int64_t tiles, depth;
+  NextPanels<float> ahead;
 };
 
 #if defined(__AVX512F__)
@@ -143,7 +144,7 @@ static inline __attribute__((always_inline)) void pointwise_pairs(const Pointwis
 }
 #endif
 
-template <int Bytes, int W, int P, bool Tail, int MR, int... I>
+template <int Bytes, int W, int P, bool Tail, bool Far, int MR, int... I>
 static inline __attribute__((always_inline)) void pointwise_body(const PointwiseTile& t, std::integer_sequence<int, I...>) {
   using V = typename Simd<float, Bytes>::reg;
   using Yes = std::true_type;
@@ -160,6 +161,7 @@ static inline __attribute__((always_inline)) void pointwise_body(const Pointwise
       if (q.count > v * L) shift[v] = load_part<V>(q.shift + v * L, q.count - v * L);
   const float *x = q.x, *residual = q.residual;
   float* y = q.y;
+  NextPanels<float> ahead = q.ahead;
   for (int64_t tile = 0; tile < q.tiles; ++tile) {
     V acc[MR * NV] = {shift[I % NV]...};
     const float* panel[P];
@@ -174,6 +176,10 @@ static inline __attribute__((always_inline)) void pointwise_body(const Pointwise
       for (int i = 0; i < bases; ++i) base[i] = x + q.run_at[r] + i * 3 * ld;
       for (int64_t k = q.run_length[r]; k > 0; --k) {
         V b[NV];
+        if constexpr (Far) {
+          __builtin_prefetch(ahead.at, 0, 2);
+          ahead.at += ahead.step;
+        }
         for (int v = 0; v < NV; ++v) b[v] = load_panel<V, Tail>(panel[v / per_panel] + v % per_panel * L, v == NV - 1);
         ((acc[I] += base[I / NV / 3][I / NV % 3 * ld] * b[I % NV]), ...);
         for (int i = 0; i < P; ++i) panel[i] += Tail && i == P - 1 ? 8 : W;
@@ -198,10 +204,10 @@ static inline __attribute__((always_inline)) void pointwise_body(const Pointwise
 
 using PointwiseFn = void (*)(const PointwiseTile&);
 
-template <int Bytes, int W, int P, bool Tail, int MR>
+template <int Bytes, int W, int P, bool Tail, bool Far, int MR>
 static void pointwise_tile(const PointwiseTile& t) {
   constexpr int NV = W / Simd<float, Bytes>::lanes * P;
-  pointwise_body<Bytes, W, P, Tail, MR>(t, std::make_integer_sequence<int, MR * NV>());
+  pointwise_body<Bytes, W, P, Tail, Far, MR>(t, std::make_integer_sequence<int, MR * NV>());
 }
 
 #if defined(__AVX512F__)
@@ -214,13 +220,15 @@ static void pointwise_pair_tile(const PointwiseTile& t) {
 struct PointwiseSet {
   int max;
   PointwiseFn fn[15], pairs[15];  // pairs: or nullptr
+  PointwiseFn far[15];            // fetch ahead, or nullptr
 };
 
 template <int W, int P, bool Tail, int MR>
 static void fill_pointwise(PointwiseSet& set) {
   constexpr int bytes = vector_bytes<float, W>(), limit = max_rows(W / Simd<float, bytes>::lanes * P);
   if constexpr (MR <= limit) {
-    set.fn[MR] = pointwise_tile<bytes, W, P, Tail, MR>;
+    set.fn[MR] = pointwise_tile<bytes, W, P, Tail, false, MR>;
+    if constexpr (P > 1 && !Tail) set.far[MR] = pointwise_tile<bytes, W, P, Tail, true, MR>;
 #if defined(__AVX512F__)
     if constexpr (Tail || W == 8) set.pairs[MR] = pointwise_pair_tile<Tail, MR>;
 #endif
@@ -260,16 +268,17 @@ static void pointwise_rows(PointwiseTile t, int64_t rows) {
   const PointwiseSet& set = pointwise_set<W, P, Tail>();
   const int64_t tiles = (rows + set.max - 1) / set.max;
   if (tiles == 0) return;
-  const bool pairs = set.pairs[1] != nullptr;
+  const PointwiseFn* const fn = set.pairs[1] ? set.pairs : set.far[1] && t.ahead.step > 0 ? set.far : set.fn;
   // As even as possible: some tiles of one pixel more, then the others.
   for (const int64_t more : {1, 0}) {
     const int64_t size = rows / tiles + more;
     t.tiles = more ? rows % tiles : tiles - rows % tiles;
     if (t.tiles == 0) continue;
-    (pairs ? set.pairs : set.fn)[size](t);
+    fn[size](t);
     t.x += t.tiles * size * t.ldx;
     t.y += t.tiles * size * t.ldy;
     if (t.residual) t.residual += t.tiles * size * t.ldr;
+    t.ahead.at += t.tiles * t.depth * t.ahead.step;
   }
 }
 
@@ -292,12 +301,15 @@ static void pointwise_panels(PointwiseTile t, const float* weight, const float* 
                              int64_t lines, int64_t pixels, const F& at) {
   const int64_t rest = outputs % kPanel, full = outputs / kPanel + (rest > 8);
   t.panel_stride = kPanel * depth;
+  t.depth = depth;
+  const int64_t tiles = (pixels + max_rows(2) - 1) / max_rows(2);
   for (int64_t panel = 0; panel * kPanel < outputs;) {
     const bool tail = kTailBeside && panel + 1 == full && rest > 0 && rest <= 8;
     const int64_t o = panel * kPanel, take = tail || (LP_REGISTERS == 32 && panel + 2 <= full) ? 2 : 1;
     t.weight = weight + o * depth;
     t.shift = shift ? shift + o : nullptr;
     t.count = std::min(outputs - o, take * kPanel);
+    t.ahead = next_panels(t.weight, depth, take * kPanel, outputs, lines * tiles);
     for (int64_t line = 0; line < lines; ++line) {
       at(line, t);
       t.y += o;
@@ -310,6 +322,7 @@ static void pointwise_panels(PointwiseTile t, const float* weight, const float* 
         pointwise_rows<16, LP_REGISTERS == 32 ? 2 : 1>(t, pixels);
       else
         pointwise_rows<16, 1>(t, pixels);
+      t.ahead.at += tiles * depth * t.ahead.step;
     }
     panel += take;
   }

@@ -1,15 +1,34 @@
 // Register tiles of the direct convolution: MR pixels by P panels of 16 outputs, or by 16 channels of a depthwise one.
 // Included once per instruction set (see simd.h).
 
+// What a tile fetches into L2 beside its products: `step` elements more per input.
+template <class T>
+struct NextPanels {
+  const T* at;
+  int64_t step;
+};
+
+// Weights beyond this many bytes come from memory, or the last-level cache. The first of some tiles that share a group of
+// panels would wait for it, so all of them fetch the next group, a share each.
+constexpr int64_t kFarWeights = int64_t(256) << 10, kFarTiles = 16;
+
+// `width` elements per input in a group, whose weights are followed by those of the next one.
+template <class T>
+static NextPanels<T> next_panels(const T* group, int64_t depth, int64_t width, int64_t outputs, int64_t tiles) {
+  if (depth * outputs * int64_t(sizeof(T)) <= kFarWeights || tiles > kFarTiles) return {group, 0};
+  return {group + depth * width, std::min<int64_t>(64 / int64_t(sizeof(T)), width / std::max<int64_t>(1, tiles))};
+}
+
 template <class T>
 using TileFn = void (*)(const T* const* pixel, const int64_t* run_at, const int64_t* run_length, int runs, const T* weight,
-                        int64_t panel_stride, T* out);
+                        int64_t panel_stride, NextPanels<T> ahead, T* out);
 
 // GCC spills accumulators that are indexed in a loop; a fold over constant indices keeps them in registers.
 template <class T, int Bytes, int W, int P, int MR, int... I>
 static inline __attribute__((always_inline)) void tile_body(const T* const* pixel, const int64_t* run_at,
                                                             const int64_t* run_length, int runs, const T* weight,
-                                                            int64_t panel_stride, T* out, std::integer_sequence<int, I...>) {
+                                                            int64_t panel_stride, NextPanels<T> ahead, T* out,
+                                                            std::integer_sequence<int, I...>) {
   using V = typename Simd<T, Bytes>::reg;
   using M = typename Simd<T, Bytes>::mem;
   constexpr int L = Simd<T, Bytes>::lanes, per_panel = W / L, NV = per_panel * P;
@@ -22,6 +41,10 @@ static inline __attribute__((always_inline)) void tile_body(const T* const* pixe
     for (int j = 0; j < MR; ++j) x[j] = pixel[j] + at;
     for (int64_t k = 0; k < length; ++k) {
       V b[NV];
+      if constexpr (P > 1) {
+        __builtin_prefetch(ahead.at, 0, 2);
+        ahead.at += ahead.step;
+      }
       for (int v = 0; v < NV; ++v) b[v] = *reinterpret_cast<const M*>(panel[v / per_panel] + v % per_panel * L);
       ((acc[I] += x[I / NV][k] * b[I % NV]), ...);
       for (int i = 0; i < P; ++i) panel[i] += W;
@@ -32,9 +55,9 @@ static inline __attribute__((always_inline)) void tile_body(const T* const* pixe
 
 template <class T, int Bytes, int W, int P, int MR>
 static void tile(const T* const* pixel, const int64_t* run_at, const int64_t* run_length, int runs, const T* weight,
-                 int64_t panel_stride, T* out) {
+                 int64_t panel_stride, NextPanels<T> ahead, T* out) {
   constexpr int NV = W / Simd<T, Bytes>::lanes * P;
-  tile_body<T, Bytes, W, P, MR>(pixel, run_at, run_length, runs, weight, panel_stride, out,
+  tile_body<T, Bytes, W, P, MR>(pixel, run_at, run_length, runs, weight, panel_stride, ahead, out,
                                 std::make_integer_sequence<int, MR * NV>());
 }
 
@@ -57,7 +80,7 @@ static inline __attribute__((always_inline)) void depthwise_body(const T* const*
 
 template <class T, int Bytes, int W, int MR>
 static void depthwise_tile(const T* const* pixel, const int64_t* tap_at, const int64_t*, int taps, const T* weight,
-                           int64_t tap_stride, T* out) {
+                           int64_t tap_stride, NextPanels<T>, T* out) {
   constexpr int NV = int(kPanel) / Simd<T, Bytes>::lanes;
   depthwise_body<T, Bytes, MR>(pixel, tap_at, taps, weight, tap_stride, out, std::make_integer_sequence<int, MR * NV>());
 }
