@@ -83,7 +83,8 @@ class ChannelPruning(pl.Callback):
         compact_on_fit_end: build ``compact_model`` when the fit ends.
         dead_channel_skipping: convolutions take the compiled kernels while the network trains, without their dead
             channels and by Winograd, where that is measured to be faster (see
-            :class:`lightning_prune.skipping.DeadChannelSkipper`); the same numbers up to rounding.
+            :class:`lightning_prune.skipping.DeadChannelSkipper`), and torch's elementwise optimizers leave dead weights out
+            (:class:`lightning_prune.live_steps.LiveSteps`); the same numbers up to rounding.
         reconfigure_every_n_epochs: cut dead channels out of the module itself, and of its optimizers' states, at the end of
             every so many epochs and when channels are selected: steps get as fast, and need as little memory, as those of the
             small network. Checkpoints stay full-size, and so is the module again when the fit is over. ``"auto"``: when

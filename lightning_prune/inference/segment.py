@@ -355,7 +355,7 @@ def _pixel_strides(network: fx.GraphModule, run: list[fx.Node], inside: set[fx.N
     for node in run[:-1]:
         if not any(_is(n, nn.MaxPool2d) for n in (node, *node.users)):
             line, half = (-(-steps[node] // floats) * floats for floats in (_ALIGN, _ALIGN // 2))
-            steps[node] = 0 if node in inside else line if 4 * line <= 5 * steps[node] else half
+            steps[node] = 0 if node in inside else line if 4 * line <= 5 * half else half
     return steps
 
 
