@@ -65,8 +65,8 @@ class _Block:
 
     def is_for(self, parameter: Tensor, lists: Lists) -> bool:
         """Whether it is what lives of a parameter that has these rows and columns."""
-        mine, same = self.parameter, all(map(same_indices, self.lists, lists))
-        return same and mine is parameter and self.shadow.dtype == parameter.dtype
+        same = self.parameter is parameter and self.shadow.dtype == parameter.dtype
+        return same and all(map(same_indices, self.lists, lists))
 
     def enter(self, state: dict[Tensor, Any]) -> nn.Parameter | None:
         """Copy the live parts of parameter, gradient and state; None where the gradient is not one that can be."""
@@ -214,6 +214,7 @@ class LiveSteps:
         if shadow is None:
             self._zero.pop(id(parameter), None)
             self._stepped.discard(id(parameter))
+            block.memory.clear()  # a fused step moves the state without a new version
             return parameter
         self._stepped.add(id(parameter))
         entered.append(block)

@@ -153,6 +153,24 @@ def test_changed_and_loaded_state_is_taken_up() -> None:
             torch.testing.assert_close(own, twin, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_as_usual_in_between_is_taken_up(fused: bool) -> None:
+    """Fused steps leave the versions of what they write as they are."""
+    nets = [parameters(), parameters()]
+    optimizers = [torch.optim.Adam(params, lr=0.01, fused=fused) for params in nets]
+    LiveSteps(lambda: [optimizers[0]]).set_lists(lists(nets[0]))
+    for number in range(6):
+        for params, optimizer in zip(nets, optimizers, strict=True):
+            hook = optimizer.register_step_pre_hook(lambda *_: None) if number == 3 else None
+            give_gradients(params, number)
+            optimizer.step()
+            zero(params)
+            if hook is not None:
+                hook.remove()
+    for own, twin in zip(*nets, strict=True):
+        torch.testing.assert_close(own, twin, rtol=1e-5, atol=1e-6)
+
+
 def test_a_step_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters()
     before = [p.detach().clone() for p in params]
