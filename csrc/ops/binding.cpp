@@ -184,7 +184,7 @@ Scratch::~Scratch() {
 
 void* Scratch::allocate(size_t bytes) {
   if (owns_workspace_) {
-    const size_t size = (bytes + 63) / 64 * 64;
+    const size_t size = round_to(bytes, 64);
     wanted_ += size;
     if (used_ + size <= workspace.memory.size()) {
       used_ += size;

@@ -61,7 +61,6 @@ static void inverted_residual(const InvertedResidual& p, const Env& env) {
     last.run_at = &one;
     last.run_length = &p.inner;
     last.bounds = last_bounds;
-    last.near = false;
     const int64_t end = p.rows * (band + 1) / bands;
     int64_t next = 0;  // row of the input that has not been expanded yet
     for (int64_t row = p.rows * band / bands; row < end; row += strip) {
