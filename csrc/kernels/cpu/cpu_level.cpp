@@ -1,6 +1,10 @@
 // Run-time choice of the instruction set.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 
 #include "tap_conv.h"
 
@@ -20,6 +24,17 @@ bool cpu_has_avx512() {
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
 #endif
+
+int l1_ways() {
+  static const int ways = [] {
+    long bytes = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    return bytes > 0 ? int(std::clamp(bytes / 4096, 4L, 32L)) : 8;
+  }();
+  return ways;
+}
 
 const char* cpu_level_name() {
   const char* cap = std::getenv("LIGHTNING_PRUNE_CPU_LEVEL");

@@ -34,7 +34,7 @@ struct FlatRows {
   int64_t channels, pad, width, length;  // columns of padding; floats of an input and of an output row
   const float *weight, *shift;           // [tap][weight_step], and the shift alike: by place in the row
   int64_t weight_step;
-  bool pairs;
+  bool pairs, far;  // far: the maps come from beyond L2
   const float* residual;
   float* out;
   int64_t residual_row, out_row;
@@ -64,7 +64,8 @@ static inline __attribute__((always_inline)) void flat_column(const FlatRows& r,
   float* out = r.out + at;
   const int64_t in_row = r.in_row, out_row = r.out_row, residual_row = r.residual_row;
   const int64_t before = r.before, below = before + r.inside;  // input rows from the window of the first output on
-  V acc[N][K];                                                 // of the output rows that the next input row adds to
+  const bool far = r.far;
+  V acc[N][K];  // of the output rows that the next input row adds to
   const auto start = [&](int i) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) acc[n][i] = shift;
@@ -73,6 +74,10 @@ static inline __attribute__((always_inline)) void flat_column(const FlatRows& r,
     if constexpr (!Edge) {
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) __builtin_prefetch(in + (K - 1 + n) * channels + ahead);
+      if (far) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) __builtin_prefetch(out + n * channels + ahead, 1);
+      }
     }
     start(used - 1);
     // The products of a row are added up by themselves: those of 3x3 then wait for no sum of the rows before.
@@ -179,20 +184,21 @@ static __attribute__((noinline)) void flat_rows(const FlatRows& rows) {
   for (; at < r.length; next()) flat_single<K, true, Residual>(r, phase, at);
 }
 
-// Lines of 64 bytes in the L1 cache, by sets and ways. The windows of all input rows may take a little more than half of them,
-// the rest is for the outputs and what is fetched ahead; more with narrow vectors, more columns of which would begin anew.
-constexpr int64_t kL1Sets = 64, kL1Ways = 12, kFlatLines = LP_VECTOR_BYTES == 64 ? 400 : 450;
+// Lines of 64 bytes in the L1 cache lie in so many sets. Three ways are for the outputs and what is fetched ahead, and the
+// windows of all input rows may take two thirds of the others; more with narrow vectors, more columns of which would begin
+// anew.
+constexpr int64_t kL1Sets = 64, kFlatLines = LP_VECTOR_BYTES == 64 ? 45 : 50;  // per way
 
 // Whether the windows of `rows` output rows stay in the L1 cache until the next columns read them, and the outputs until the
 // next columns fill their lines: at most one line in fourteen may find no place in its set.
 static bool flat_fits(const TapConv& p, int64_t channels, int64_t side, int64_t rows, int pixels) {
-  const int64_t lines = (side + pixels - 2) * channels / kPanel + 2, all = (rows + side - 1) * lines;
-  if (all > kFlatLines) return false;
+  const int64_t lines = (side + pixels - 2) * channels / kPanel + 2, all = (rows + side - 1) * lines, ways = l1_ways();
+  if (all > kFlatLines * (ways - 3)) return false;
   // They can only be short of places where few rows lie close to a multiple of the sets' size, so that many share their sets.
   bool meet = false;
-  for (int64_t few = 1; few <= 2 * (rows + side - 1) / kL1Ways; ++few) {
+  for (int64_t few = 1; few <= 2 * (rows + side - 1) / ways; ++few) {
     const int64_t beyond = few * p.x.h * 4 % (kL1Sets * 64);
-    meet |= std::min(beyond, kL1Sets * 64 - beyond) * kL1Ways < 2 * lines * 64;
+    meet |= std::min(beyond, kL1Sets * 64 - beyond) * ways < 2 * lines * 64;
   }
   if (!meet) return true;
   int change[2 * kL1Sets] = {};  // of the lines per set, from each set to the next, twice around
@@ -211,7 +217,7 @@ static bool flat_fits(const TapConv& p, int64_t channels, int64_t side, int64_t 
   for (int64_t set = 0; set < kL1Sets; ++set) {
     once += change[set];
     again += change[kL1Sets + set];
-    without += std::max<int64_t>(0, once + again - kL1Ways);
+    without += std::max<int64_t>(0, once + again - ways);
   }
   return without * 14 <= all;
 }
@@ -222,16 +228,17 @@ static bool flat_fits(const TapConv& p, int64_t channels, int64_t side, int64_t 
 // from a residual that has been overwritten.
 struct FlatPlan {
   int64_t bands;
-  bool pairs;
+  bool pairs, far;
 };
 
 // Bands have at least so many times the rows of a window, as each column of one begins anew, and pairs so many channels. Maps
 // that come from memory, of so many bytes together, are read row by row, as are those of 5x5 whose weights fill whole vectors.
-constexpr int64_t kFlatRows = 4, kFlatPairs = 56, kFlatMost = int64_t(24) << 20;
+// Beyond L2 the lines of the next columns' outputs are fetched as well as those of their inputs.
+constexpr int64_t kFlatRows = 4, kFlatPairs = 56, kFlatMost = int64_t(24) << 20, kFlatFar = int64_t(4) << 20;
 
 static FlatPlan flat_plan(const TapConv& p, int64_t channels, int threads) {
   const bool gapless = p.x.w == channels && p.out.w == channels && (!p.residual.data || p.residual.w == channels);
-  if (!gapless || p.step_h != 1) return {0, false};
+  if (!gapless || p.step_h != 1) return {};
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
   const int64_t side = p.tap_h[p.taps - 1] - p.tap_h[0] + 1, spare = round_up(channels, L) - channels;
   bool pairs = side == 3 && LP_REGISTERS == 32 && 12 * spare <= channels && !(p.residual.data && p.residual.data == p.out.data);
@@ -245,12 +252,12 @@ static FlatPlan flat_plan(const TapConv& p, int64_t channels, int threads) {
     while (bands < most && !flat_fits(p, channels, side, (p.rows + bands - 1) / bands, pairs ? 2 : 1)) ++bands;
   }
   const int64_t bytes = p.n * (p.height * p.width + p.rows * p.cols) * channels * 4;
-  if (bands > 1 && (bytes > kFlatMost || (side == 5 && spare == 0))) return {0, false};
+  if (bands > 1 && (bytes > kFlatMost || (side == 5 && spare == 0))) return {};
   if (threads > 1) {  // they share bands
     const int64_t wanted = (4 * threads + p.n - 1) / std::max<int64_t>(1, p.n);
     bands = std::max(bands, std::min(wanted, std::max<int64_t>(threads, most)));
   }
-  return {std::max<int64_t>(1, std::min(p.rows, bands)), pairs};
+  return {std::max<int64_t>(1, std::min(p.rows, bands)), pairs, bytes > kFlatFar};
 }
 
 static void depthwise_flat(const TapConv& p, const float* weights, const float* shifts, int64_t channels, FlatPlan plan,
@@ -285,6 +292,7 @@ static void depthwise_flat(const TapConv& p, const float* weights, const float* 
     r.shift = weight + taps * weight_step;
     r.weight_step = weight_step;
     r.pairs = plan.pairs;
+    r.far = plan.far;
     r.out = static_cast<float*>(p.out.data) + n * p.out.n + begin * p.out.h + p.out_channel[0];
     r.out_row = p.out.h;
     if (p.residual.data)

@@ -37,7 +37,8 @@ struct PointwiseTile {
   float* y;
   int64_t ldy, count;
   Clamp bounds;
-  bool near;  // y is in the cache
+  bool near;    // y is in the cache
+  bool beyond;  // y is larger than all caches: whole lines are written past them
   int64_t tiles, depth;
   NextPanels<float> ahead;
 };
@@ -190,7 +191,12 @@ static inline __attribute__((always_inline)) void pointwise_body(const Pointwise
       const int64_t lanes = decltype(whole)::value ? L : q.count - v * L;
       if (lanes <= 0) return;
       if constexpr (decltype(add)::value) value += load_part<V>(residual + j * q.ldr + v * L, lanes);
-      store_part<V>(y + j * q.ldy + v * L, clamp(value, low, high), lanes);
+      value = clamp(value, low, high);
+#if defined(__AVX512F__)
+      if constexpr (decltype(whole)::value && sizeof(V) == 64)
+        if (q.beyond) return _mm512_stream_ps(y + j * q.ldy + v * L, __m512(value));
+#endif
+      store_part<V>(y + j * q.ldy + v * L, value, lanes);
     };
     if (q.count == W * P)
       residual ? (finish(I / NV, I % NV, acc[I], Yes(), Yes()), ...) : (finish(I / NV, I % NV, acc[I], Yes(), No()), ...);
@@ -330,6 +336,8 @@ static void pointwise_panels(PointwiseTile t, const float* weight, const float* 
 
 // What another layer has just used and is no larger is still in L2: fetching it ahead only takes time.
 constexpr int64_t kNearBytes = int64_t(128) << 10;
+// More bytes of outputs are in no cache when they are read: their old lines need not be fetched to be overwritten.
+constexpr int64_t kBeyondBytes = int64_t(16) << 20;
 
 static void pointwise(const TapConv& p, const Env& env) {
   const PanelOutputs to = panel_outputs(env, static_cast<const float*>(p.shift), p.out_begin[1], p.out_room);
@@ -347,6 +355,8 @@ static void pointwise(const TapConv& p, const Env& env) {
   const int64_t parts =
       env.threads > 1 && pixels < outputs && 2 * pixels < inputs && units >= 2 * env.threads ? 2 * env.threads : 1;
   const int64_t cuts = parts > 1 ? 1 : blocks;
+  const bool lines = p.out.w % 16 == 0 && (reinterpret_cast<uintptr_t>(p.out.data) + uintptr_t(p.out_channel[0]) * 4) % 64 == 0;
+  const bool beyond = LP_VECTOR_BYTES == 64 && lines && bounds.complete && pixels * outputs * 4 > kBeyondBytes;
   run_tasks(env, cuts * parts, [&](int, int64_t index) {
     const int64_t cut = index / parts, part = index % parts;
     const int64_t first = pixels * cut / cuts, rows = pixels * (cut + 1) / cuts - first;
@@ -360,7 +370,8 @@ static void pointwise(const TapConv& p, const Env& env) {
     t.run_at = &begin;
     t.run_length = &inputs;
     t.bounds = bounds;
-    t.near = p.out_room && pixels * t.ldy * 4 <= kNearBytes;
+    t.beyond = beyond;
+    t.near = beyond || (p.out_room && pixels * t.ldy * 4 <= kNearBytes);
     const float* x = static_cast<const float*>(p.x.data) + p.in_channel[0] + first * t.ldx;
     float* y = static_cast<float*>(p.out.data) + p.out_channel[0] + at + first * t.ldy;
     const float* residual = static_cast<const float*>(p.residual.data);
@@ -372,6 +383,9 @@ static void pointwise(const TapConv& p, const Env& env) {
                        tile.residual = residual;
                      });
     if (!bounds.complete) activate_rows(p.act, y, t.ldy, rows, some);
+#if defined(__AVX512F__)
+    if (beyond) _mm_sfence();  // whoever is told that this is done sees it
+#endif
   });
 }
 

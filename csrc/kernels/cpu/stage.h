@@ -2,6 +2,9 @@
 // (tap column, channel) of a pixel is one contiguous run, whatever the memory format, padding or channel subset was.
 // Included once per instruction set (see simd.h).
 
+// A map of more bytes is not in L2 when a kernel begins.
+constexpr int64_t kFarMap = int64_t(1) << 20;
+
 struct Axis {
   int64_t first, step, count;  // positions first, first + step, ...; those outside [0, limit) are zero
 };

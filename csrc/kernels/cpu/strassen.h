@@ -15,6 +15,7 @@ struct StrassenSums {
   float* out;
   int64_t ld, step;
   int64_t pairs, at;  // left to do, and of the first one done
+  bool far;           // the rows come from beyond L2
 
   template <class V>
   inline __attribute__((always_inline)) void some(int64_t k, int64_t lanes) {
@@ -31,7 +32,14 @@ struct StrassenSums {
   template <class V>
   inline __attribute__((always_inline)) void one() {
     constexpr int64_t L = sizeof(V) / 4;
-    some<V>(std::min(at, depth - L), L);
+    const int64_t k = std::min(at, depth - L);
+    if (far) {  // the hardware does not see that the next rows come next
+      for (const float* line : {upper + k, lower + k}) {
+        __builtin_prefetch(line + ldx);
+        __builtin_prefetch(line + ldx + second);
+      }
+    }
+    some<V>(k, L);
     at += L;
     if (at < depth) return;
     at = 0;
@@ -218,6 +226,7 @@ static bool strassen(const TapConv& p, const Env& env) {
   if (!is_pointwise(p)) return false;
   const int64_t pixels = p.n * p.rows * p.cols, inputs = p.in_begin[1], outputs = p.out_begin[1];
   const int64_t units = strassen_units(outputs), depth = (inputs + 1) / 2;
+  const bool far = pixels * inputs * 4 > kFarMap;
   const StrassenSet& set = strassen_set();
   const int64_t most = 2 * set.max, half = (pixels + 1) / 2;
   // An even number: as many for each of two threads. The same for any number of them, as the pairs decide how sums are rounded.
@@ -261,7 +270,8 @@ static bool strassen(const TapConv& p, const Env& env) {
     const auto sums_of = [&](int64_t tile) {
       const int64_t rows = row_of(tile + 1) - row_of(tile), half = (rows + 1) / 2;
       const float* upper = x + row_of(tile) * t.ldx;
-      return StrassenSums{upper, upper + (rows - half) * t.ldx, t.ldx, depth, t.second, place(tile), ld, t.sums_step, half, 0};
+      return StrassenSums{upper, upper + (rows - half) * t.ldx, t.ldx, depth, t.second, place(tile), ld, t.sums_step, half, 0,
+                          far};
     };
     PointwiseTile rest{};
     rest.ldx = t.ldx;

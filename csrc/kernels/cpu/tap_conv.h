@@ -185,6 +185,8 @@ const CpuKernels& cpu_kernels_portable();
 const CpuKernels& cpu_kernels_avx2();
 const CpuKernels& cpu_kernels_avx512();
 
+// Of the L1 data cache, with 64 sets of 64-byte lines as every x86 has; other geometries count as so many of those.
+int l1_ways();
 bool cpu_has_avx2();
 bool cpu_has_avx512();
 // The best level this CPU has, capped by LIGHTNING_PRUNE_CPU_LEVEL (read on every call: it is one getenv).

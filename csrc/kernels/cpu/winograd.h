@@ -194,12 +194,27 @@ static void stage_patch(const TapConv& p, const TileBlocks& t, int64_t n, int64_
     }
 }
 
+// Fetches what a tile reads of channels-last maps that the one before it did not: between rows of tiles the hardware guesses
+// nothing. Rows that it shares with the tiles above it are left out.
+static void fetch_patch(const TapConv& p, const TileBlocks& t, const TilePlace& before, const TilePlace& at, int64_t window,
+                        int64_t step, int64_t stride) {
+  const int64_t h = at.row0 * stride + p.tap_h[0], w = at.col0 * stride + p.tap_w[0], shared = window - step;
+  const int64_t known = at.n == before.n && at.row0 == before.row0 ? shared : 0;
+  const int64_t first_row = std::max<int64_t>(0, h + shared * t.step_h), end_row = std::min(p.height, h + window * t.step_h);
+  const int64_t first_col = std::max<int64_t>(0, w + known * t.step_w), end_col = std::min(p.width, w + window * t.step_w);
+  const float* const from = static_cast<const float*>(p.x.data) + at.n * p.x.n + p.in_channel[0];
+  for (int64_t i = first_row; i < end_row; i += t.step_h)
+    for (int64_t j = first_col; j < end_col; j += t.step_w)
+      for (int64_t c = 0; c < p.in_begin[1]; c += 16) __builtin_prefetch(from + i * p.x.h + j * p.x.w + c, 0, 2);
+}
+
 template <int M, int N, int S>
 static void transform_block(const TapConv& p, const TileBlocks& t, const ChannelBlocks& cb, int64_t count,
                             const WinogradScratch& s) {
   constexpr int window = TileDomain<N, S>::window;
   const int64_t channels = p.in_begin[1];
   const bool run = p.x.c == 1 && is_run(p.in_channel, channels);
+  const bool far = run && p.n * p.height * p.width * channels * 4 > kFarMap;
   const int64_t ld = run ? round_up(channels, kChannelBlock) : std::max<int64_t>(kChannelBlock, channels);
   // Pixels of fewer channels than a block are read with the beginning of the next one, up to the end of the tensor.
   const int64_t limit = (p.n - 1) * p.x.n + (p.height - 1) * p.x.h + (p.width - 1) * p.x.w + channels -
@@ -216,6 +231,7 @@ static void transform_block(const TapConv& p, const TileBlocks& t, const Channel
     const TilePlace& at = s.places[i];
     const int64_t n = at.n, h0 = at.row0 * S + p.tap_h[0], w0 = at.col0 * S + p.tap_w[0];
     float* dst = s.inputs + i / group_rows * cb.group + i % group_rows * kChannelBlock;
+    if (far && i + 1 < count) fetch_patch(p, t, at, s.places[i + 1], window, M * S, S);
     const bool inside = h0 >= 0 && w0 >= 0 && h0 + reach_h < p.height && w0 + reach_w < p.width;
     if (run && inside && n * p.x.n + (h0 + reach_h) * p.x.h + (w0 + reach_w) * p.x.w <= limit) {
       const float* src = static_cast<const float*>(p.x.data) + n * p.x.n + h0 * p.x.h + w0 * p.x.w + p.in_channel[0];
