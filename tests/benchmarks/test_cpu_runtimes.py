@@ -83,3 +83,11 @@ def test_the_best_peer_of_a_width_may_be_padded() -> None:
     # 2 as it is; 3 padded to 8; 3
     assert over_best_peer(channels, times) == pytest.approx(18 ** (1 / 3))
     assert over_best_peer(channels, {OURS: times[OURS]}) is None
+
+
+def test_processors_of_one_name_differ() -> None:
+    from cpu_runtimes import processor
+
+    lines = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: fpu vme\n\nprocessor\t: 1\n"
+    assert processor(lines) == "AMD EPYC (family 26, model 2)"
+    assert processor("processor : 0\nBogoMIPS : 50\nCPU part : 0xd0c\n") != ""
