@@ -286,3 +286,30 @@ def test_maps_larger_than_one_task(
     assert error(y, expected) < TOLERANCE[torch.float32]
     for grad, wanted in zip(grads, expected_grads, strict=True):
         assert error(grad, wanted) < TOLERANCE[torch.float32]
+
+
+def test_threads_do_not_write_into_each_others_gradients(target: torch.device) -> None:
+    """Live channels are picked by whole vectors, which reach beyond the row: the next row may be another thread's."""
+    generator = torch.Generator().manual_seed(0)
+    live = torch.tensor([0, *range(2, 11), *range(12, 40), 41, 43, 45, 46, 48], device=target)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((6, 20, 9, 8), (49, 20, 1, 1)))
+    grad_y = torch.randn(6, 49, 9, 8, generator=generator).to(memory_format=torch.channels_last).to(target)
+    x = x.to(memory_format=torch.channels_last).to(target)
+    weight = weight.to(target)
+    before = torch.get_num_threads()
+
+    def gradients() -> list[torch.Tensor]:
+        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight)]
+        settings = ([1, 1], [0, 0], [1, 1], 1, "sigmoid")
+        y = OP.masked_conv2d(*leaves, None, None, None, live, *settings)
+        return list(torch.autograd.grad(y, leaves, grad_y))
+
+    try:
+        torch.set_num_threads(1)
+        alone = gradients()
+        torch.set_num_threads(4)
+        for _ in range(100):
+            for grad, expected in zip(gradients(), alone, strict=True):
+                assert error(grad, expected) < TOLERANCE[torch.float32]
+    finally:
+        torch.set_num_threads(before)

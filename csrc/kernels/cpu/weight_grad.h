@@ -205,17 +205,18 @@ static void act_grad(const ActGrad& p, const Env& env) {
   const int64_t lines = p.n * p.rows;
   if (lines == 0 || p.cols == 0 || p.channels == 0) return;
   const int64_t row = p.cols * p.channels, chunk = std::max<int64_t>(1, 4096 / row);
-  // The saved row is staged in its own scratch, then replaced in place by the product.
-  const int64_t slots = std::min<int64_t>(env.threads, (lines + chunk - 1) / chunk);
-  T* scratch = reinterpret_cast<T*>(env.alloc(env.owner, size_t(slots * row) * sizeof(T)));
+  // Both rows are staged in the slot's own scratch: staging may reach a vector beyond its row, which elsewhere is another
+  // thread's.
+  const int64_t slots = std::min<int64_t>(env.threads, (lines + chunk - 1) / chunk), room = round_up(row, 16) + 16;
+  T* scratch = reinterpret_cast<T*>(env.alloc(env.owner, size_t(slots * 2 * room) * sizeof(T)));
   run_tasks(env, (lines + chunk - 1) / chunk, [&](int slot, int64_t task) {
     for (int64_t line = task * chunk; line < std::min(lines, (task + 1) * chunk); ++line) {
       const int64_t n = line / p.rows, r = line % p.rows;
       T* out = static_cast<T*>(p.out) + line * row;
-      T* saved = scratch + slot * row;
+      T *grad_y = scratch + slot * 2 * room, *saved = grad_y + room;
       const Axis one{0, 1, 1}, all{0, 1, p.cols};
       const View gy{nullptr, 0, p.grad_y.c, 0, p.grad_y.w}, sv{nullptr, 0, p.saved.c, 0, p.saved.w};
-      stage_band(out, static_cast<const T*>(p.grad_y.data) + n * p.grad_y.n + r * p.grad_y.h, gy, 1, p.cols, one, all,
+      stage_band(grad_y, static_cast<const T*>(p.grad_y.data) + n * p.grad_y.n + r * p.grad_y.h, gy, 1, p.cols, one, all,
                  p.channel, p.channels, p.channels);
       stage_band(saved, static_cast<const T*>(p.saved.data) + n * p.saved.n + r * p.saved.h, sv, 1, p.cols, one, all, p.channel,
                  p.channels, p.channels);
@@ -224,7 +225,7 @@ static void act_grad(const ActGrad& p, const Env& env) {
         constexpr int64_t L = Simd<T, LP_VECTOR_BYTES>::lanes;
         for (int64_t i = 0; i < row; i += L) {
           const int64_t lanes = std::min(L, row - i);
-          const V grad = load_part<V>(out + i, lanes) * activate_grad<decltype(act)::value>(load_part<V>(saved + i, lanes));
+          const V grad = load_part<V>(grad_y + i, lanes) * activate_grad<decltype(act)::value>(load_part<V>(saved + i, lanes));
           store_part<V>(out + i, grad, lanes);
         }
       });
