@@ -23,6 +23,9 @@ MIN_STEPS = 3
 _VERSION, _NONE, _INPUT, _OUTPUT, _INSIDE = 2, -1, -2, -3, -4
 _CONV, _MAX_POOL, _MEAN = 0, 1, 2
 _ALIGN = 16  # floats
+#: floats in as many bytes as the L1 cache's sets hold once, and an odd number of lines: maps that are read and written together
+#: would share sets if they lay multiples of the former apart, as all maps of 56x56 whole lines do
+_SETS, _APART = 1024, 17 * _ALIGN
 _SMALL = 14 * 14  # pixels; one image has too few tiles of them to keep a weight busy
 _MOST_AVERAGED = 64 * 64  # pixels; sums in float32 of more would lose digits
 _FEW = 7 * 7  # pixels; fewer gain nothing from going through several layers row by row
@@ -298,7 +301,8 @@ def _places(
     for i, node in enumerate(run):
         if node is not run[-1] and node not in inside:
             _, height, width = _known(node)
-            arena.take(node, strides[node] * height * width)
+            size = strides[node] * height * width
+            arena.take(node, size if size % _SETS else size + _APART)
         for old in node.all_input_nodes:
             if last_reader[old] == i:
                 arena.free(old)

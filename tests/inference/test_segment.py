@@ -371,3 +371,16 @@ def test_hooks_and_dispatch_modes_see_every_layer() -> None:
         network(x)
     names = {str(op) for ops_of in counter.get_flop_counts().values() for op in ops_of}
     assert not any("segment" in name for name in names)
+
+
+def test_maps_of_a_step_do_not_share_cache_sets() -> None:
+    """Maps of 56x56 whole lines take a multiple of 4 KB: one behind the other they would lie in the same sets."""
+    body = [layer for _ in range(3) for layer in (*unit(16, 16, 1), nn.ReLU())]
+    model = nn.Sequential(*unit(3, 16), nn.ReLU(), *body, *unit(16, 16)).eval()
+    found = segments(segmented(model, torch.randn(1, 3, 56, 56))[0])
+    numbers = found[0].program.tolist()
+    width = (len(numbers) - 10) // numbers[1]
+    steps = [numbers[10 + i * width :][:4] for i in range(numbers[1])]
+    apart = [given - made for _, given, made, _ in steps if given >= 0 and made >= 0]
+    assert len(apart) >= 3
+    assert all(floats % 1024 for floats in apart)
