@@ -124,31 +124,16 @@ def take_turns(
     return times
 
 
-def processor(cpuinfo: str) -> str:
-    """The processor's name with family and model: virtual machines give the same name to several generations.
-
-    Args:
-        cpuinfo: the text of ``/proc/cpuinfo``.
-    """
-    facts: dict[str, str] = {}
-    for line in cpuinfo.splitlines():
-        key, colon, value = line.partition(":")
-        if colon:
-            facts.setdefault(key.strip(), value.strip())
-    numbers = [f"{key.split()[-1]} {facts[key]}" for key in ("cpu family", "model") if key in facts]
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    return f"{name} ({', '.join(numbers)})" if numbers else name
-
-
 def machine() -> dict[str, Any]:
     """Processor, what the extension found in it, and versions; for benchmarks on one thread."""
     import torch
 
     from lightning_prune.ops import _loading
+    from lightning_prune.processor import this_processor
 
     info = _loading.build_info()
     return {
-        "cpu": processor(Path("/proc/cpuinfo").read_text()),
+        "cpu": this_processor(),
         "features": info.cpu_features() if info else None,
         "torch": torch.__version__,
         "python": platform.python_version(),

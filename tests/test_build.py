@@ -46,13 +46,19 @@ def compile_once(command: list[str], source: Path) -> str | None:
     return f"{source}: {run.stderr[-4000:]}"
 
 
+def compile_all(command: list[str], sources: list[Path]) -> None:
+    assert sources
+    with ThreadPoolExecutor(2) as pool:
+        errors = [error for error in pool.map(lambda source: compile_once(command, source), sources) if error]
+    assert not errors, "\n".join(errors)
+
+
 @needs_checkout
 def test_cuda_sources_compile() -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on PATH: the CUDA kernels were not compiled")
     sources = sorted(CSRC.rglob("*.cu"))
-    assert sources
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     # One architecture and one tile keep this short; the extension itself has all, for sm_80, sm_90a and PTX.
     command = [
@@ -64,9 +70,7 @@ def test_cuda_sources_compile() -> None:
         "-Xcompiler=-fPIC",
     ]
     command.append(f"-DLP_TEST_NVCC={hashlib.sha256(version.encode()).hexdigest()[:8]}")
-    with ThreadPoolExecutor(2) as pool:
-        errors = [error for error in pool.map(lambda source: compile_once(command, source), sources) if error]
-    assert not errors, "\n".join(errors)
+    compile_all(command, sources)
 
 
 @needs_checkout
@@ -94,10 +98,7 @@ def test_bindings_compile_with_cuda_registrations() -> None:
         pytest.skip("no C++ compiler")
     command = [compiler, "-O0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-DUSE_CUDA", *INCLUDES]
     sources = sorted((CSRC / "ops").glob("*.cpp"))
-    assert sources
-    with ThreadPoolExecutor(2) as pool:
-        errors = [error for error in pool.map(lambda source: compile_once(command, source), sources) if error]
-    assert not errors, "\n".join(errors)
+    compile_all(command, sources)
 
 
 @needs_checkout

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_build import CSRC, INCLUDES, OBJECTS, compile_once, needs_checkout
+from tests.test_build import CSRC, INCLUDES, OBJECTS, compile_all, needs_checkout
 
 CHECK = Path(__file__).parent / "other_cpus" / "kernels_check.cpp"
 KERNELS = [
@@ -29,13 +29,6 @@ def compiler(name: str) -> str:
     if found is None:
         pytest.skip(f"no {name} on PATH")
     return found
-
-
-def compile_all(command: list[str], sources: list[Path]) -> None:
-    assert sources
-    with ThreadPoolExecutor(2) as pool:
-        errors = [error for error in pool.map(lambda source: compile_once(command, source), sources) if error]
-    assert not errors, "\n".join(errors)
 
 
 def check_program(command: list[str]) -> Path:

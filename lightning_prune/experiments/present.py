@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from ..plots import new_figure, save_figure
+from ..processor import this_processor
 from .summary import Row
 from .trials import DEFAULT_METHOD, FROM_SCRATCH, Setting, Trial, TrialResult
 
@@ -152,13 +153,7 @@ def _style(row: Row, index: int) -> dict[str, Any]:
 
 def environment(*packages: str) -> dict[str, str]:
     """Machine and versions, for the JSON file."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    except OSError:
-        pass
-    found = {"python": platform.python_version(), "cpu": cpu, "cpus": str(os.cpu_count())}
+    found = {"python": platform.python_version(), "cpu": this_processor(), "cpus": str(os.cpu_count())}
     for package in ("torch", "lightning", "lightning-prune", "optuna", *packages):
         try:
             found[package] = version(package)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from ..files import write_atomically
 from ..ops.tensor_cores import tf32_allowed
+from ..processor import this_processor
 
 #: of the files; others are ignored
 FORMAT = 1
@@ -41,17 +41,6 @@ def cache_folder() -> Path | None:
 
 
 @functools.cache
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    wanted = ("model name", "cpu family", "model\t", "stepping", "CPU part")
-    found = dict.fromkeys(line.split(":", 1)[-1].strip() for line in lines if line.startswith(wanted))
-    return " / ".join(found) or platform.processor() or platform.machine()
-
-
-@functools.cache
 def _library() -> str:
     """Digest of the compiled extension: other kernels, other times."""
     from ..ops._loading import library_path
@@ -71,7 +60,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "tf32": tf32_allowed(),
         }
     caps = {name: os.environ[name] for name in _CAPS if name in os.environ}
-    return {**facts, "device": _cpu(), "threads": torch.get_num_threads(), "caps": caps}
+    return {**facts, "device": this_processor(), "threads": torch.get_num_threads(), "caps": caps}
 
 
 def load(key: Mapping[str, Any]) -> dict[str, float] | None:

@@ -86,7 +86,7 @@ def test_the_best_peer_of_a_width_may_be_padded() -> None:
 
 
 def test_processors_of_one_name_differ() -> None:
-    from cpu_runtimes import processor
+    from lightning_prune.processor import processor
 
     lines = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: fpu vme\n\nprocessor\t: 1\n"
     assert processor(lines) == "AMD EPYC (family 26, model 2)"
