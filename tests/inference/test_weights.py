@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_prune import ops
+from lightning_prune.inference import weights as weights_file
 from lightning_prune.inference.weights import GatheredWeights
 from lightning_prune.nn import CompactConv2d
 from tests.inference.test_segment import Branches, segmented, segments, unit
@@ -118,6 +121,42 @@ def test_segments_of_the_same_layers_share_them() -> None:
         if whole(x) is not None and cut(x) is not None
     ]
     assert all(a is b for a, b in zip(held, again, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["packed here", "copied", "saved"])
+def test_large_weights_lie_in_huge_pages(how: str) -> None:
+    if not weights_file._PAGES.wanted(1 << 30):
+        pytest.skip("no huge pages on request")
+    x = torch.randn(1, 256, 8, 8)
+    model = segmented(
+        nn.Sequential(*unit(256, 256), nn.ReLU(), *unit(256, 256), nn.ReLU(), *unit(256, 8)).eval(), x
+    )[0]
+    expected = model(x)
+    if how == "copied":
+        model = copy.deepcopy(model)
+    elif how == "saved":
+        model = pickle.loads(pickle.dumps(model))
+    assert torch.equal(model(x), expected)
+    (weights,) = [segment._weights for segment in segments(model)]
+    assert weights is not None
+    begin = weights.values.data_ptr()
+    assert begin % (2 << 20) == 0
+    assert len({m.packed.untyped_storage().data_ptr() for m in convolutions(model)} | {begin}) == 1
+    assert "hg" in mapping_flags(begin)
+    assert torch.equal(model(x), expected)
+    assert segments(model)[0]._weights is weights
+
+
+def mapping_flags(address: int) -> list[str]:
+    """What the system was told about the memory there (VmFlags; hg: advised to use huge pages)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
 
 
 def test_two_first_calls_at_once() -> None:
