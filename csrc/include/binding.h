@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -45,6 +46,9 @@ inline std::string show_shape(const Tensor& t) { return show(t.sizes().data(), s
 bool same_shape(const Tensor& t, const Tensor& other);
 const char* dtype_name(ScalarType type);
 Act parse_activation(const char* op, const std::string& name);
+
+// Or the largest number, where it does not fit: so that what a caller gives cannot wrap around to something that does.
+int64_t product(std::initializer_list<int64_t> factors);
 
 // Same rule as the fake kernels in lightning_prune/ops/_fake.py.
 bool is_channels_last(const Tensor& x);

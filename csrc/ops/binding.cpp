@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "../include/pages.h"
 
@@ -33,6 +34,13 @@ Act parse_activation(const char* op, const std::string& name) {
   for (int i = 0; i < 7; ++i)
     if (name == names[i]) return Act(i);
   fail(op, ": activation must be one of none, relu, relu6, silu, hardswish, gelu, sigmoid; got '", name, "'");
+}
+
+int64_t product(std::initializer_list<int64_t> factors) {
+  int64_t value = 1;
+  for (const int64_t factor : factors)
+    if (__builtin_mul_overflow(value, factor, &value)) return std::numeric_limits<int64_t>::max();
+  return value;
 }
 
 bool is_channels_last(const Tensor& x) {
@@ -128,6 +136,9 @@ Tensor index_argument(const char* op, const char* name, const Tensor& t, int64_t
   return index;
 }
 
+// Of the numbers of a convolution: neither sums nor the product of any two of them wrap around.
+static constexpr int64_t kMost = int64_t(1) << 31;
+
 ConvShape conv_shape(const char* op, const Tensor& x, const Sizes& weight, const Sizes& stride, const Sizes& padding,
                      const Sizes& dilation, int64_t groups, int64_t channels) {
   if (x.dim() != 4) fail(op, ": x must be 4-D (N, C, H, W); got shape ", show_shape(x));
@@ -137,6 +148,7 @@ ConvShape conv_shape(const char* op, const Tensor& x, const Sizes& weight, const
     const int64_t least = value == &padding ? 0 : 1;
     if (value->size() != 2 || (*value)[0] < least || (*value)[1] < least)
       fail(op, ": ", name, " must be two integers >= ", least, "; got ", show(*value));
+    if (std::max((*value)[0], (*value)[1]) >= kMost) fail(op, ": ", name, " must be less than ", kMost, "; got ", show(*value));
   }
   if (groups < 1 || channels % groups || weight[0] % groups)
     fail(op, ": groups must divide both channel counts; got groups=", groups, " for ", channels, " inputs and ", weight[0],
@@ -145,6 +157,8 @@ ConvShape conv_shape(const char* op, const Tensor& x, const Sizes& weight, const
     fail(op, ": weight must have shape (O, ", channels / groups, ", kh, kw) for ", channels,
          " input channels and groups=", groups, "; got ", show(weight));
   if (weight[2] < 1 || weight[3] < 1) fail(op, ": the kernel must be at least 1x1; got weight ", show(weight));
+  if (*std::max_element(weight.begin(), weight.end()) >= kMost)
+    fail(op, ": the sizes of weight must be less than ", kMost, "; got ", show(weight));
   ConvShape s{x.size(0), channels,  x.size(2), x.size(3),  weight[0],  weight[2],   weight[3],   0,
               0,         stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], groups};
   const int64_t span_h = s.height + 2 * s.pad_h - s.dil_h * (s.kh - 1) - 1;

@@ -145,13 +145,17 @@ Tensor compact_conv2d(const Tensor& x, const Tensor& packed, const std::optional
   std::optional<Tensor> in, out;
   if (in_index) in = index_argument(op, "in_index", *in_index, x_channels, Order::any, x);
   const ConvShape s = conv_shape(op, x, weight_shape, stride, padding, dilation, groups, in ? in->size(0) : x_channels);
-  const int64_t size = packed_size(s.outputs, s.channels / s.groups, s.kh * s.kw, s.groups);
   const int64_t carried = packed.dim() == 1 ? packed.size(0) : -1, per_group = s.channels / s.groups;
-  const int tile = packed_tile(carried, s.outputs, per_group, s.kh, s.kw, s.groups);
-  const int lanes = tile >= 0 ? 0 : cuda::tensor_lanes(carried, s.outputs, per_group, s.kh * s.kw, s.groups);
+  // At least one for each weight, else the sizes below might wrap around.
+  const int64_t elements = product({s.outputs, per_group, s.kh, s.kw});
+  const bool enough = elements <= std::max<int64_t>(0, carried);
+  const int tile = enough ? packed_tile(carried, s.outputs, per_group, s.kh, s.kw, s.groups) : -1;
+  const int lanes = tile >= 0 || !enough ? 0 : cuda::tensor_lanes(carried, s.outputs, per_group, s.kh * s.kw, s.groups);
   if ((tile < 0 && lanes == 0) || packed.is_cuda() != x.is_cuda())
-    fail(op, ": packed must have shape (", size, ") and be on x's device for weight_shape ", show(weight_shape), "; got ",
-         show_shape(packed), " (make it with pack_conv2d_weight(weight, groups))");
+    fail(op, ": packed must have shape (",
+         elements < int64_t(1) << 40 ? packed_size(s.outputs, per_group, s.kh * s.kw, s.groups) : elements,
+         ") and be on x's device for weight_shape ", show(weight_shape), "; got ", show_shape(packed),
+         " (make it with pack_conv2d_weight(weight, groups))");
   if (compute_type(op, "packed", packed) != type)
     fail(op, ": packed must be ", dtype_name(type), " (or x's dtype) for x of ", dtype_name(x.scalar_type()), "; got ",
          dtype_name(packed.scalar_type()));

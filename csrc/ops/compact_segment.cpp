@@ -15,8 +15,11 @@ void check(bool ok, int64_t step, const char* what) {
   if (!ok) fail(kOp, ": step ", step, " of the program is damaged: ", what, " (make programs with inference/segment.py)");
 }
 
+// Above every number of a program that can be right, and far from what would wrap.
+constexpr int64_t kMuch = int64_t(1) << 40;
+
 int64_t extent(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  const int64_t span = size + 2 * pad - dilation * (kernel - 1) - 1;
+  const int64_t span = size + 2 * pad - product({dilation, kernel - 1}) - 1;
   return span < 0 ? -1 : span / stride + 1;
 }
 
@@ -28,7 +31,7 @@ void check_place(const SegmentHeader& h, int64_t i, int64_t place, int64_t step,
   else if (place == kToOutput)
     check(c == h.y_c && height == h.y_h && width == h.y_w, i, "the output's shape");
   else
-    check(place >= 0 && c > 0 && height > 0 && width > 0 && place + step * height * width <= h.arena, i,
+    check(place >= 0 && c > 0 && height > 0 && width > 0 && product({step, height, width}) <= h.arena - place, i,
           "a place in the arena");
 }
 
@@ -38,6 +41,10 @@ struct Place {
 };
 
 void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::vector<Place>& tensors) {
+  t.tile = 0;
+  int64_t numbers[sizeof(t) / sizeof(int64_t)];
+  std::memcpy(numbers, &t, sizeof(t));
+  for (const int64_t number : numbers) check(number >= kInside && number < kMuch, i, "the size of its numbers");
   check(t.kind == kConv || t.kind == kMaxPool || t.kind == kMean, i, "its kind");
   check(t.in != kToOutput && t.out != kFromInput && t.residual != kToOutput && t.residual != kInside &&
             (t.out != t.in || t.in == kInside),
@@ -66,7 +73,9 @@ void check_step(const SegmentHeader& h, SegmentStep& t, int64_t i, const std::ve
   const int64_t count = int64_t(tensors.size());
   check(t.weight >= 0 && t.weight < count && t.bias >= kNone && t.bias < count, i, "its tensors");
   check(t.groups > 0 && t.channels % t.groups == 0 && t.outputs % t.groups == 0 && t.act >= 0 && t.act <= 6, i, "its groups");
-  t.tile = packed_tile(tensors[size_t(t.weight)].size, t.outputs, t.channels / t.groups, t.kh, t.kw, t.groups);
+  const int64_t size = tensors[size_t(t.weight)].size, per_group = t.channels / t.groups;
+  t.tile =
+      product({t.outputs, per_group, t.kh, t.kw}) > size ? -1 : packed_tile(size, t.outputs, per_group, t.kh, t.kw, t.groups);
   check(t.tile >= 0, i, "the size of its weight");
   check(t.bias == kNone || tensors[size_t(t.bias)].size == t.outputs, i, "the size of its bias");
 }
@@ -105,7 +114,8 @@ Tensor compact_segment(const Tensor& x, const Tensor& weights, const Tensor& pla
   const auto* numbers = static_cast<const int64_t*>(program.data_ptr());
   SegmentHeader h{};
   if (program.size(0) >= head) std::memcpy(&h, numbers, sizeof(h));
-  if (h.version != 2 || h.steps < 1 || program.size(0) != head + h.steps * each || h.arena < 0 || h.slice < 1)
+  if (h.version != 2 || h.steps < 1 || h.steps > program.size(0) || program.size(0) != head + h.steps * each || h.arena < 0 ||
+      h.arena >= kMuch || h.slice < 1)
     fail(kOp, ": program is damaged or from another version");
   if (x.dim() != 4 || x.is_cuda() || x.scalar_type() != ScalarType::Float || x.size(1) != h.x_c || x.size(2) != h.x_h ||
       x.size(3) != h.x_w)

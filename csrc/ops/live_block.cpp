@@ -100,7 +100,7 @@ bool is_live_part(const Tensor& whole, const Tensor& block, const std::optional<
   const auto same = [&](auto zero) {
     using T = decltype(zero);
     bool any = false;
-    for (int64_t i = 0, probes = 8; i < probes && b.outs.count * b.ins.count > 0; ++i) {
+    for (int64_t i = 0, probes = 8; i < probes && block.numel() > 0; ++i) {
       const int64_t o = b.outs.count * i / probes;
       for (int64_t c = 0; c < std::min<int64_t>(b.ins.count, probes); ++c) {
         const T theirs = static_cast<const T*>(w.data)[b.outs[o] * w.n + b.ins[c] * w.c];

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -186,8 +187,9 @@ class MapMemory {
 }  // namespace
 
 Tensor new_map(const Tensor& like, const Sizes& shape) {
-  size_t bytes = like.element_size();
-  for (const int64_t size : shape) bytes *= size_t(size);
+  const int64_t wanted = product({shape[0], shape[1], shape[2], shape[3], int64_t(like.element_size())});
+  if (wanted == std::numeric_limits<int64_t>::max()) fail("no memory for a map of shape ", show(shape));
+  const size_t bytes = size_t(wanted);
   if (like.device().type() != torch::headeronly::DeviceType::CPU || bytes < kLeastMap) return new_output(like, shape);
   const int64_t c = shape[1], h = shape[2], w = shape[3];
   const Sizes strides = is_channels_last(like) ? Sizes{h * w * c, 1, w * c, c} : Sizes{c * h * w, h * w, w, 1};

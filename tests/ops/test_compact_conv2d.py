@@ -143,6 +143,15 @@ def test_opcheck(target: torch.device, dtype: torch.dtype, scatter: bool) -> Non
     ("change", "message"),
     [
         ({"packed": torch.zeros(5)}, r"packed must have shape \(216\).*\(4, 3, 3, 3\); got \(5\)"),
+        (  # as many elements as would wrap around to none
+            {
+                "packed": torch.zeros(0),
+                "x": torch.zeros(1, 4, 4, 4),
+                "weight_shape": [8, 4, 2**30, 2**29],
+                "padding": [2**29, 2**28],
+            },
+            "packed must have shape .*; got \\(0\\)",
+        ),
         ({"packed": torch.zeros(216).double()}, "packed must be float32.*got float64"),
         ({"in_index": torch.tensor([0, 1])}, r"\(O, 2, kh, kw\) for 2 input channels"),
         ({"in_index": torch.tensor([0, 1, 3])}, r"in_index\[2\] = 3 is not a channel"),

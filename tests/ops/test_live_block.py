@@ -115,3 +115,5 @@ def test_a_few_elements_tell_the_live_part_of_a_tensor() -> None:
     )  # tells nothing
     none = torch.empty(0, dtype=torch.int64)
     assert not OP.is_live_part(whole, whole[:0], none, None)
+    nothing = torch.ones(2, 2, 0, 3)
+    assert not OP.is_live_part(nothing, nothing, None, None)

@@ -76,6 +76,13 @@ def test_no_two_maps_share_memory(steps: list[tuple[int, int]], release: bool) -
         assert y.untyped_storage().nbytes() >= y.numel() * 4
 
 
+def test_a_map_larger_than_all_addresses_is_refused() -> None:
+    """Its bytes modulo 2**64 are 160 KB."""
+    side = 2**61 + 201
+    with pytest.raises(RuntimeError, match=rf"no memory for a map of shape \(1, 1, {side}, {side}\)"):
+        torch.ops.lightning_prune.empty_map(torch.empty(1, 1, 1, 1), [1, 1, side, side])
+
+
 @linux
 @given(
     steps=st.lists(

@@ -169,6 +169,10 @@ def test_autocast_runs_in_float32(target: torch.device) -> None:
         ({"live_out": torch.tensor([-1])}, r"live_out\[0\] = -1"),
         ({"live_out": torch.tensor([0], dtype=torch.int32)}, "1-D int64.*int32"),
         ({"stride": [0, 1]}, r"stride must be two integers >= 1; got \(0, 1\)"),
+        (
+            {"padding": [2**60 + 100, 0]},
+            r"padding must be less than 2147483648; got \(1152921504606847076, 0\)",
+        ),
         ({"padding": [-1, 0]}, r"padding must be two integers >= 0; got \(-1, 0\)"),
         ({"groups": 2}, "groups must divide both channel counts; got groups=2 for 3 inputs"),
         ({"dilation": [3, 3]}, "dilated kernel is larger than the padded input"),
