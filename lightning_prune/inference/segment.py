@@ -169,12 +169,12 @@ def takes_any_layout(network: nn.Module) -> bool:
 
 
 def _cut(run: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Before and behind the first small map that alone leads to all that follows; the second part may be empty."""
+    """Before and behind the first small map that alone leads to a convolution and all that follows; the second may be empty."""
     for i, node in enumerate(run[:-1]):
         _, height, width = _known(node)
         before = set(run[:i])
         alone = not any(before & set(later.all_input_nodes) for later in run[i + 1 :])
-        if height * width <= _SMALL and alone and i > 0 and not _is(run[i + 1], nn.MaxPool2d):
+        if height * width <= _SMALL and alone and i > 0 and _is(run[i + 1], CompactConv2d):
             return run[: i + 1], run[i + 1 :]
     return run, []
 

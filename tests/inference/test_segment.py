@@ -255,6 +255,14 @@ def test_lanes_behind_the_channels_reach_nobody(
         assert error(network, model, x) < TOLERANCE
 
 
+def test_no_segment_of_a_mean_alone() -> None:
+    """The first small map that leads to all that follows is the one before the mean."""
+    model = nn.Sequential(*unit(3, 8), nn.ReLU(), *unit(8, 8), nn.AdaptiveAvgPool2d(1)).eval()
+    x = torch.randn(4, 3, 12, 13)
+    for network in segmented(model, x):
+        assert error(network, model, x) < TOLERANCE
+
+
 def test_large_and_small_maps_may_go_through_in_other_slices() -> None:
     model = nn.Sequential(
         *unit(3, 9), nn.ReLU(), *unit(9, 9, 3, 2), nn.ReLU(), *unit(9, 10, 3, 2), *unit(10, 7), *unit(7, 7)
