@@ -82,9 +82,13 @@ Values rounded(DType type, Values v) {
   return v;
 }
 
-// Elements between two runs of NaN that nothing may write.
+// Elements between two runs of NaN that nothing may write; AddressSanitizer has guards of its own, also against reading.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kGuard = 0, kSpare = 0;
+#else
+constexpr size_t kGuard = 512, kSpare = 64;
+#endif
 struct Memory {
-  static constexpr size_t kGuard = 512;
   DType type;
   std::vector<char> bytes;
   Memory(DType type, size_t count) : type(type), bytes(2 * kGuard + count * size_of(type), char(0xff)) {}
@@ -176,9 +180,11 @@ Env env_of(Blocks& blocks, int threads = 2) {
     other.join();
   };
   const auto alloc = [](void* owner, size_t bytes) -> void* {
-    const size_t size = (bytes + 127) / 64 * 64;
-    static_cast<Blocks*>(owner)->emplace_back(static_cast<char*>(std::aligned_alloc(64, size)), &std::free);
-    return std::memset(static_cast<Blocks*>(owner)->back().get(), 0xff, size);
+    const size_t size = bytes + kSpare;
+    void* block = nullptr;
+    if (posix_memalign(&block, 64, size) != 0) std::abort();
+    static_cast<Blocks*>(owner)->emplace_back(static_cast<char*>(block), &std::free);
+    return std::memset(block, 0xff, size);
   };
   return Env{threads, parallel, alloc, &blocks};
 }

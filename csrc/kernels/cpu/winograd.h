@@ -325,7 +325,7 @@ static void run_products(const TapConv& p, const TileBlocks& t, const ChannelBlo
     return;
   }
   const bool consecutive = is_run(p.out_channel + first_output, outputs);
-  alignas(64) float y[M * M * width];
+  alignas(64) float y[M * M * width + 8];  // the epilogue reads whole vectors, which eight outputs may not fill
   for (int64_t i = 0; i < count; ++i) {
     const TilePlace& at = s.places[i];
     winograd_output_buffer<M, N>(s.products + i * points * width, width, at.rows, at.cols, y);
