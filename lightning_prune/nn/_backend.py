@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_prune import ops
 from lightning_prune.ops._library import output_format
 from lightning_prune.ops.availability import can_run_compact_conv2d
+from lightning_prune.ops.reference import check_input, check_residual
 from lightning_prune.ops.tensor_cores import rows_of_channels
 
 Run = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -76,8 +77,10 @@ def prepacked(layer: Layer, x: Tensor) -> Run | None:
 def _finished(layer: Layer, y: Tensor, residual: Tensor | None) -> Tensor:
     if layer.out_index is not None:
         assert residual is not None
+        check_residual(residual, y.shape, residual.shape[1] if residual.dim() == 4 else None)
         y = residual.index_add(1, layer.out_index, y)
     elif residual is not None:
+        check_residual(residual, y.shape)
         y = y.add_(residual)
     return y.relu_() if layer.activation == "relu" else ops.ACTIVATIONS[layer.activation](y)
 
@@ -109,6 +112,7 @@ class Chooser:
         mode = backend.strip().lower() or "auto"
         if mode not in ("auto", "own", "vendor"):
             raise ValueError(f"LIGHTNING_PRUNE_BACKEND must be one of auto, own, vendor; got {backend!r}")
+        check_input(x)
         ours = self._own if can_run_compact_conv2d(x).ok else self._reference
         gradient = x.requires_grad and torch.is_grad_enabled()
         if x.numel() == 0 or (mode == "auto" and x.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -17,6 +17,16 @@ _ACTIVATION_MODULES: dict[type[nn.Module], str] = {
 }
 
 
+def check_conv(conv: nn.Module) -> None:
+    """Raise ValueError unless ``conv`` is a two-dimensional convolution: others have weights and settings of that kind too."""
+    if isinstance(conv, nn.Conv2d):
+        return
+    advice = "leave it as it is"
+    if isinstance(conv, nn.Conv1d):
+        advice = "optimize_for_inference runs nn.Conv1d over maps of one row"
+    raise ValueError(f"conv must be an nn.Conv2d; got {type(conv).__name__}; {advice}")
+
+
 def symmetric_padding(conv: nn.Conv2d) -> tuple[int, int]:
     """The zero padding of a convolution as two integers.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune import ops
 from lightning_prune.nn._backend import Chooser, Layer
-from lightning_prune.nn._convert import activation_name, symmetric_padding
+from lightning_prune.nn._convert import activation_name, check_conv, symmetric_padding
 from lightning_prune.ops.masked_conv2d import pair
 from lightning_prune.ops.reference import check_index, packed_size
 from lightning_prune.ops.strassen import STRASSEN
@@ -21,6 +21,8 @@ from lightning_prune.ops.winograd import STRIDED, TRANSFORMED, strided_default
 
 def _fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution followed by the norm in eval mode; computed in float64."""
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        raise ValueError(f"norm must be an nn.BatchNorm2d or None; got {type(norm).__name__}; keep it as a module of its own")
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(
             "norm must have running statistics; track_running_stats=False cannot be folded into a convolution"
@@ -234,8 +236,10 @@ class CompactConv2d(nn.Module):
             algorithm: see the class.
 
         Raises:
-            ValueError: a padding, norm or activation that cannot be folded; the message says which and what to do.
+            ValueError: ``conv`` is another module than ``nn.Conv2d``, or a padding, norm or activation cannot be folded; the
+                message says which and what to do.
         """
+        check_conv(conv)
         weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
         if norm is not None:
             with torch.no_grad():
@@ -270,6 +274,10 @@ class CompactConv2d(nn.Module):
 
         Returns:
             Tensor of shape (N, O, H', W'), or of the residual's shape with ``out_index``.
+
+        Raises:
+            RuntimeError: a shape, dtype, device or index does not fit, integers among them (ValueError where our kernel does
+                not run).
         """
         backend = self.backend or os.environ.get("LIGHTNING_PRUNE_BACKEND", "auto")
         if torch.compiler.is_compiling() or type(x) is not Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune import ops
-from lightning_prune.nn._convert import activation_name, symmetric_padding
+from lightning_prune.nn._convert import activation_name, check_conv, symmetric_padding
 from lightning_prune.ops.reference import check_index
 
 
@@ -51,8 +51,9 @@ class MaskedConv2d(nn.Conv2d):
         """A masked convolution that shares the parameters of ``conv``.
 
         Raises:
-            ValueError: as for the class.
+            ValueError: ``conv`` is another module than ``nn.Conv2d``, or as for the class.
         """
+        check_conv(conv)
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         for name in nn.Conv2d.__constants__:

@@ -13,6 +13,9 @@ from lightning_prune.ops.tensor_cores import carried_lanes, tensor_lanes, tensor
 from lightning_prune.ops.winograd import TRANSFORMED, transform_tile, transform_weight, transformed_shape
 
 _PANEL = 16
+#: dtypes of maps and weights
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOAT_NAMES = "float32, float64, bfloat16 or float16"
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda v: v,
@@ -54,6 +57,32 @@ def check_index(
         raise ValueError(f"{name} must be sorted and unique (use torch.unique(index)); got {index.tolist()}")
     if unique and index.unique().numel() != index.numel():
         raise ValueError(f"{name} must be unique; got {index.tolist()}")
+
+
+def check_input(x: Tensor) -> None:
+    """Raise ValueError unless ``x`` is what :func:`compact_conv2d` computes with: other numbers would be rounded away."""
+    if x.dim() != 4:
+        raise ValueError(
+            f"x must be 4-D (N, C, H, W); got shape {tuple(x.shape)}; add the missing dimension: x.unsqueeze(0) for one "
+            "image (C, H, W), x.unsqueeze(2) for lines (N, C, L)"
+        )
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x must be {_FLOAT_NAMES}; got {x.dtype}; convert it first: x.float()")
+
+
+def check_residual(residual: Tensor, outputs: Sequence[int], width: int | None = None) -> None:
+    """Raise ValueError unless ``residual`` can be added to maps of shape ``outputs`` without broadcasting.
+
+    Args:
+        residual: what is added.
+        outputs: shape of the convolution's result.
+        width: channels of the residual, where they are not those of the result.
+    """
+    expected = (outputs[0], outputs[1] if width is None else width, *outputs[2:])
+    if tuple(residual.shape) != expected:
+        raise ValueError(
+            f"residual must have shape {expected}; got {tuple(residual.shape)}; expand it first: residual.expand{expected}"
+        )
 
 
 def _alive(index: Tensor, channels: int) -> Tensor:
@@ -149,6 +178,8 @@ def check_packable(weight_shape: Sequence[int], groups: int) -> None:
 def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct") -> Tensor:
     """Reference of :func:`lightning_prune.ops.pack_conv2d_weight`."""
     check_packable(weight.shape, groups)
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"weight must be {_FLOAT_NAMES}; got {weight.dtype}; convert it first: weight.float()")
     tile = transform_tile(weight, groups, algorithm)
     shape = (weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3])
     packed = weight.new_zeros(packed_size(shape, groups), dtype=compute_dtype(weight.dtype))
@@ -202,6 +233,7 @@ def compact_conv2d(
 ) -> Tensor:
     """Reference of :func:`lightning_prune.ops.compact_conv2d`."""
     function = activation_function(activation)
+    check_input(x)
     check_index("in_index", in_index, x.shape[1])
     dtype = compute_dtype(x.dtype)
     weight = unpack_conv2d_weight(packed, weight_shape, groups).to(dtype)
@@ -220,8 +252,10 @@ def compact_conv2d(
             raise ValueError(
                 "out_index adds the outputs to channels of residual, so residual must not be None"
             )
+        check_residual(residual, y.shape, residual.shape[1] if residual.dim() == 4 else None)
         check_index("out_index", out_index, residual.shape[1], unique=True)
         y = residual.to(dtype).index_add(1, out_index, y)
     elif residual is not None:
+        check_residual(residual, y.shape)
         y = y + residual.to(dtype)
     return function(y).to(x.dtype)
