@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..ops import ACTIVATIONS
 from ..ops.tensor_cores import room_of
 from .in_place import IN_PLACE
+from .sums import same_kind
 
 
 class PaddedConv2d(nn.Module):
@@ -39,7 +40,8 @@ class PaddedConv2d(nn.Module):
         """``act(conv(x) + residual)``; shapes as in :class:`lightning_prune.nn.CompactConv2d`."""
         wide: Tensor = self.conv(room_of(x))
         y = wide[:, : self.outputs]
-        if (torch.is_grad_enabled() and y.requires_grad) or self.activation not in IN_PLACE:
+        apart = residual is not None and not same_kind(y, residual)
+        if apart or (torch.is_grad_enabled() and y.requires_grad) or self.activation not in IN_PLACE:
             return ACTIVATIONS[self.activation](y if residual is None else y + residual)
         if residual is not None:
             y.add_(residual)

@@ -15,6 +15,7 @@ from ..ops import ACTIVATIONS
 from ..ops.winograd import algorithm_for
 from .in_place import IN_PLACE
 from .padded import PaddedConv2d
+from .sums import SummingConv2d, same_kind
 
 
 class FoldedConv2d(nn.Module):
@@ -35,7 +36,8 @@ class FoldedConv2d(nn.Module):
         y: Tensor = self.conv(x)
         differentiable = torch.is_grad_enabled() and y.requires_grad
         if residual is not None:
-            y = y + residual if differentiable else y.add_(residual)
+            in_place = not differentiable and same_kind(y, residual)
+            y = y.add_(residual) if in_place else y + residual
         if differentiable or self.activation not in IN_PLACE:
             return ACTIVATIONS[self.activation](y)
         return IN_PLACE[self.activation](y)
@@ -54,7 +56,7 @@ class ConvSite:
         conv: in evaluation mode; not changed.
         norm: to be folded, or None.
         activation: name of the fused activation, "none" without one.
-        residual: whether another tensor of the output's shape is added before the activation.
+        residual: whether another tensor is added before the activation: in the example run it had the output's shape.
         shape: of the input in the example run, (N, C, H, W).
     """
 
@@ -95,8 +97,9 @@ class ConvSite:
             out = (-(-height // strides[0]), -(-width // strides[0]))
             known = algorithm_for(conv.weight.shape, images, *out, strides[0])
             algorithm = None if known == "auto" else known
+        module = SummingConv2d if self.residual else CompactConv2d
         try:
-            return CompactConv2d.from_conv(conv, None, self.activation, backend="own", algorithm=algorithm)
+            return module.from_conv(conv, None, self.activation, backend="own", algorithm=algorithm)
         except ValueError:
             return None
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..inputs import ExampleInputs
+from ..nn import CompactConv2d
 from ..nn._convert import activation_name
 from .functions import ACTIVATION_FUNCTIONS, ACTIVATION_METHODS, SUM_FUNCTIONS, SUM_METHODS
 from .lines import rows_of_lines
@@ -27,6 +28,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = type(m).__module__.startswith("lightning_prune.nn")
+        own |= isinstance(m, CompactConv2d)
         return own or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -214,7 +216,11 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 
 
 def _added(node: fx.Node, ours: fx.Node) -> fx.Node | None:
-    """The tensor that ``node`` adds to ``ours``, if both have the same shape and dtype."""
+    """The tensor that ``node`` adds to ``ours``, if both have the same shape and dtype.
+
+    At another batch size they may not: the batch of one of them may be a constant. What takes the site's place then makes an
+    ordinary sum, see ``sums.py``.
+    """
     known = node.op == "call_function" and node.target in SUM_FUNCTIONS
     known |= node.op == "call_method" and node.target in SUM_METHODS
     if not known or node.kwargs or len(node.args) != 2 or node.args[0] is node.args[1]:

@@ -22,7 +22,9 @@ from lightning_prune.ops.winograd import STRIDED, TRANSFORMED, strided_default
 def _fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution followed by the norm in eval mode; computed in float64."""
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        raise ValueError(f"norm must be an nn.BatchNorm2d or None; got {type(norm).__name__}; keep it as a module of its own")
+        raise ValueError(
+            f"norm must be an nn.BatchNorm2d or None; got {type(norm).__name__}; keep it as a module of its own"
+        )
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(
             "norm must have running statistics; track_running_stats=False cannot be folded into a convolution"
@@ -294,7 +296,7 @@ class CompactConv2d(nn.Module):
             self.stride, self.padding, self.dilation, self.groups, self.activation,
         )  # fmt: skip
 
-    def _own(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _own(self, x: Tensor, residual: Tensor | None, activation: str | None = None) -> Tensor:
         return ops.compact_conv2d(
             x,
             self.packed,
@@ -307,7 +309,7 @@ class CompactConv2d(nn.Module):
             self.padding,
             self.dilation,
             self.groups,
-            self.activation,
+            self.activation if activation is None else activation,
         )
 
     def _layer(self) -> Layer:

@@ -179,7 +179,9 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct
     """Reference of :func:`lightning_prune.ops.pack_conv2d_weight`."""
     check_packable(weight.shape, groups)
     if weight.dtype not in FLOATS:
-        raise ValueError(f"weight must be {_FLOAT_NAMES}; got {weight.dtype}; convert it first: weight.float()")
+        raise ValueError(
+            f"weight must be {_FLOAT_NAMES}; got {weight.dtype}; convert it first: weight.float()"
+        )
     tile = transform_tile(weight, groups, algorithm)
     shape = (weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3])
     packed = weight.new_zeros(packed_size(shape, groups), dtype=compute_dtype(weight.dtype))

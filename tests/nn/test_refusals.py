@@ -41,7 +41,9 @@ def test_maps_of_integers(backend: str, dtype: torch.dtype) -> None:
     x = torch.ones(1, 6, 2, 2).to(dtype)
     with torch.no_grad():
         for call in (module, module._own):
-            with pytest.raises(ValueError, match=rf"x must be float32.*got {dtype}; convert it first: x.float"):
+            with pytest.raises(
+                ValueError, match=rf"x must be float32.*got {dtype}; convert it first: x.float"
+            ):
                 call(x, None)
 
 
@@ -64,7 +66,10 @@ def test_weights_of_integers() -> None:
 def test_maps_of_other_dimensions(backend: str, shape: tuple[int, ...]) -> None:
     conv = nn.Conv2d(6, 4, 1)
     module, x = CompactConv2d.from_conv(conv, backend=backend), torch.randn(shape)
-    with torch.no_grad(), pytest.raises(ValueError, match=r"x must be 4-D \(N, C, H, W\); got shape .*unsqueeze"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"x must be 4-D \(N, C, H, W\); got shape .*unsqueeze"),
+    ):
         module(x)
     with pytest.raises(ValueError, match=r"x must be 4-D"):
         ops.compact_conv2d(x, module.packed, None, None, None, None, module.weight_shape)
