@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from ..processor import this_processor
 FORMAT = 1
 #: environment variables that cap the instruction sets
 _CAPS = ("LIGHTNING_PRUNE_CPU_LEVEL", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+#: those that choose kernels on a GPU
+_CUDA_CHOICES = ("LIGHTNING_PRUNE_CUDA_GROUPS", "LIGHTNING_PRUNE_CUDA_TILE")
 _OFF = ("", "0", "off", "none")
 
 
@@ -58,9 +60,13 @@ def environment(device: torch.device) -> dict[str, Any]:
             "device": torch.cuda.get_device_name(device),
             "cudnn": torch.backends.cudnn.version(),
             "tf32": tf32_allowed(),
+            "choices": _set(_CUDA_CHOICES),
         }
-    caps = {name: os.environ[name] for name in _CAPS if name in os.environ}
-    return {**facts, "device": this_processor(), "threads": torch.get_num_threads(), "caps": caps}
+    return {**facts, "device": this_processor(), "threads": torch.get_num_threads(), "caps": _set(_CAPS)}
+
+
+def _set(names: Sequence[str]) -> dict[str, str]:
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def load(key: Mapping[str, Any]) -> dict[str, float] | None:

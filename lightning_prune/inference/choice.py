@@ -45,7 +45,7 @@ def can_run_own(site: ConvSite, dtype: torch.dtype, device: torch.device) -> boo
     """Whether the compiled kernel takes the site's input."""
     with torch.no_grad():
         empty = torch.empty((0, *site.shape[1:]), dtype=dtype, device=device)
-        return can_run_compact_conv2d(empty).ok and site.own() is not None
+        return can_run_compact_conv2d(empty).ok and site.packed_elements(dtype) is not None
 
 
 def seconds(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -55,6 +55,7 @@ def seconds(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[st
         "dtype": str(dtype), "input": list(site.shape), "weight": list(conv.weight.shape), "stride": list(conv.stride),
         "padding": str(conv.padding), "dilation": list(conv.dilation), "groups": conv.groups, "mode": conv.padding_mode,
         "bias": conv.bias is not None or site.norm is not None, "activation": site.activation, "residual": site.residual,
+        "packed": site.packed_elements(dtype),
     }  # fmt: skip
     key: dict[str, Any] = {**cache.environment(device), **layer}
     found = cache.load(key)

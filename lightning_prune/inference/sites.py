@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import torch
@@ -66,6 +66,9 @@ class ConvSite:
     activation: str
     residual: bool
     shape: tuple[int, ...]
+    _packed: dict[torch.dtype, int | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def folded(self) -> nn.Conv2d:
         """A copy of the convolution with the norm folded in."""
@@ -102,6 +105,13 @@ class ConvSite:
             return module.from_conv(conv, None, self.activation, backend="own", algorithm=algorithm)
         except ValueError:
             return None
+
+    def packed_elements(self, dtype: torch.dtype) -> int | None:
+        """Elements of our packed weight in a dtype, which say what it is packed for; None where there is no such module."""
+        if dtype not in self._packed:
+            own = self.own()
+            self._packed[dtype] = None if own is None else own.to(dtype).packed.numel()
+        return self._packed[dtype]
 
 
 class Blueprint(Protocol):

@@ -35,6 +35,8 @@ class Layer:
     dilation: list[int]
     groups: int
     activation: str
+    #: elements of our packed weight, which say what algorithm it is packed for, and so which kernel runs
+    packed: int
 
 
 def vendor(layer: Layer, x: Tensor) -> Run:
@@ -165,7 +167,7 @@ def _described(layer: Layer, x: Tensor, residual: Tensor | None) -> dict[str, An
     return {
         "module": "CompactConv2d", "dtype": str(x.dtype), "input": numbers(x.shape), "input_stride": numbers(x.stride()),
         "weight": numbers(layer.weight.shape), "stride": layer.stride, "padding": layer.padding,
-        "dilation": layer.dilation, "groups": layer.groups, "bias": layer.bias is not None,
+        "dilation": layer.dilation, "groups": layer.groups, "bias": layer.bias is not None, "packed": layer.packed,
         "activation": layer.activation, "gather": channels(layer.in_index), "scatter": channels(layer.out_index),
         "residual": None if residual is None else numbers(residual.stride()),
     }  # fmt: skip

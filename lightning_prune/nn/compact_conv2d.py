@@ -315,7 +315,7 @@ class CompactConv2d(nn.Module):
     def _layer(self) -> Layer:
         settings = (list(self.stride), list(self.padding), list(self.dilation), self.groups, self.activation)
         weight = self.weight.to(self.packed.dtype)
-        return Layer(weight, self.bias, self.in_index, self.out_index, *settings)
+        return Layer(weight, self.bias, self.in_index, self.out_index, *settings, self.packed.numel())
 
     def __getstate__(self) -> dict[str, Any]:
         buffers = {name: None if t is None else _alone(t) for name, t in self._buffers.items()}

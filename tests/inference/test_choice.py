@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_prune import ops, optimize_for_inference
 from lightning_prune.inference import cache as disk
-from lightning_prune.inference import choice, optimize
+from lightning_prune.inference import choice, optimize, sites
 from lightning_prune.inference.sites import ConvSite
 from lightning_prune.nn import CompactConv2d
 from tests.inference.networks import network
@@ -73,6 +73,20 @@ def test_whatever_changes_the_time_is_in_the_key(change: str, measured: list[Con
     finally:
         torch.set_num_threads(threads)
     assert len(measured) == 2
+
+
+def test_another_algorithm_is_measured_again(
+    measured: list[ConvSite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = nn.Conv2d(12, 12, 3, padding=1).eval()
+
+    def seconds() -> None:
+        choice.seconds(ConvSite("conv", conv, None, "relu", False, (2, 12, 8, 8)), torch.float32, CPU)
+
+    for known in ("auto", "winograd2", "direct", "auto"):
+        monkeypatch.setattr(sites, "algorithm_for", lambda *arguments, known=known: known)
+        seconds()
+    assert len(measured) == 3
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,28 @@ def test_measured_once_per_shape_and_kept_on_disk(clock: dict[str, Any], cache: 
 
 
 @needs_kernels
+def test_every_algorithm_is_measured_by_itself(
+    clock: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv, x = nn.Conv2d(12, 12, 3, padding=1).eval(), torch.randn(1, 12, 8, 8)
+    with torch.no_grad():
+        for settings in ({}, {"exact": True}, {"algorithm": "winograd2"}):
+            CompactConv2d.from_conv(conv, **settings)(x)  # type: ignore[arg-type]
+        assert clock["runs"] == 3
+        CompactConv2d.from_conv(conv, algorithm="direct")(x)  # what exact=True runs as well
+        assert clock["runs"] == 3
+        # another version of this package packs something else for the same settings
+        monkeypatch.setattr(CompactConv2d, "_algorithm", lambda self, weight: "winograd2")
+        CompactConv2d.from_conv(conv, exact=True)(x)
+        assert clock["runs"] == 3
+        monkeypatch.setattr(CompactConv2d, "_algorithm", lambda self, weight: "winograd4")
+        CompactConv2d.from_conv(nn.Conv2d(12, 12, 3, stride=2, padding=1))(x)
+        monkeypatch.setattr(CompactConv2d, "_algorithm", lambda self, weight: "direct")
+        CompactConv2d.from_conv(nn.Conv2d(12, 12, 3, stride=2, padding=1))(x)
+        assert clock["runs"] == 5
+
+
+@needs_kernels
 @pytest.mark.parametrize(("own", "taken"), [(0.969, True), (0.975, False), (1.5, False)])
 def test_ours_must_win_by_three_percent(own: float, taken: bool, clock: dict[str, Any]) -> None:
     clock["seconds"] = {"own": own, "vendor": 1.0, "prepacked": 9.0}
