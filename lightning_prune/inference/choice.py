@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from statistics import median
@@ -27,6 +29,23 @@ _ROUNDS, _SECONDS, _WARMUP = 9, 0.02, 1
 _LONG = 0.1
 #: slower than the fastest by so much after a few rounds: not measured any further
 _HOPELESS, _FEW = 1.5, 3
+
+
+_lock = threading.RLock()  # a network that is measured may hold modules that measure
+
+
+def one_at_a_time() -> contextlib.AbstractContextManager[bool]:
+    """The lock under which this process measures: two measurements at once would disturb each other."""
+    return _lock
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # a thread that held it does not live on in the child
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def backend() -> Backend:
@@ -58,13 +77,14 @@ def seconds(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[st
         "packed": site.packed_elements(dtype),
     }  # fmt: skip
     key: dict[str, Any] = {**cache.environment(device), **layer}
-    found = cache.load(key)
     wanted = {f"{kind}/{name}" for kind in ("vendor", "own") for name in FORMATS}
     if pads(site, device):
         wanted.add("padded/channels_last")
-    if found is None or set(found) != wanted:
-        found = _measure(site, dtype, device)
-        cache.store(key, found)
+    with one_at_a_time():
+        found = cache.load(key)
+        if found is None or set(found) != wanted:
+            found = _measure(site, dtype, device)
+            cache.store(key, found)
     return found
 
 

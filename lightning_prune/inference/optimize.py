@@ -17,7 +17,7 @@ from ..compaction.apply import clone_model
 from ..inputs import ExampleInputs, describe_failure, floating_dtype, to_model
 from ..latency import compare_latency
 from ..ops.tensor_cores import tf32_allowed
-from .choice import FORMATS, backend, can_run_own, fastest_kind, pads
+from .choice import FORMATS, backend, can_run_own, fastest_kind, one_at_a_time, pads
 from .cuda_graph import CapturedCall, signature
 from .recorded import RecordedBlueprint
 from .segment import in_segments, takes_any_layout
@@ -190,7 +190,8 @@ def optimize_for_inference(
         candidates = [] if blueprint is None else _candidates(blueprint, dtype, cuda_graph)
         equal = [c for c in candidates if _error(base, c, inputs) <= limit]
         if equal:
-            best = _fastest(equal, inputs)
+            with one_at_a_time():
+                best = _fastest(equal, inputs)
             break
     if best.cuda_graph:
         if best._captured is None:

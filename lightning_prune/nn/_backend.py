@@ -124,18 +124,26 @@ class Chooser:
         measured = ours is self._own and not torch.are_deterministic_algorithms_enabled()
         if mode == "own" or gradient or (mode == "auto" and not measured):
             self._chosen[key] = ours
+        elif mode == "vendor":
+            self._chosen[key] = self._vendor(x) or ours
         else:
-            self._chosen[key] = self._found(mode, ours, x, residual) or ours
+            from lightning_prune.inference import choice
+
+            with choice.one_at_a_time():
+                if key not in self._chosen:  # another thread may have measured meanwhile
+                    self._chosen[key] = self._found(ours, x, residual) or ours
         return self._chosen[key]
 
-    def _found(self, mode: str, own: Run, x: Tensor, residual: Tensor | None) -> Run | None:
+    def _vendor(self, x: Tensor) -> Run | None:
+        layer = self._layer()
+        return vendor(layer, x) if layer.weight.dtype == x.dtype else None
+
+    def _found(self, own: Run, x: Tensor, residual: Tensor | None) -> Run | None:
         from lightning_prune.inference import cache, choice
 
         layer = self._layer()
         if layer.weight.dtype != x.dtype:
             return None  # weights that our kernel converts as it goes
-        if mode == "vendor":
-            return vendor(layer, x)
         candidates: dict[str, Run] = {"own": own, "vendor": vendor(layer, x)}
         packed = prepacked(layer, x)
         if packed is not None:

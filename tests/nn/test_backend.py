@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
 import pickle
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +197,74 @@ def test_other_weights_are_used_after_loading_and_converting(clock: dict[str, An
 
 
 @needs_kernels
+@pytest.mark.parametrize("kept", [True, False])
+def test_first_calls_at_once_measure_in_turns(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kept:
+        monkeypatch.setenv("LIGHTNING_PRUNE_CACHE", "off")
+    running, most, runs = [0], [0], [0]
+    real = choice._interleaved
+
+    def timed(calls: dict[str, Any], device: torch.device) -> dict[str, float]:
+        running[0] += 1
+        runs[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        try:
+            return real(calls, device)
+        finally:
+            running[0] -= 1
+
+    monkeypatch.setattr(choice, "_interleaved", timed)
+    conv, x = nn.Conv2d(6, 9, 3, padding=1).eval(), torch.randn(1, 6, 8, 8)
+    modules = [CompactConv2d.from_conv(conv) for _ in range(2)]
+    expected, wrong = conv(x).detach(), []
+
+    def call(module: CompactConv2d) -> None:
+        with torch.no_grad():
+            wrong.extend([1] if not torch.allclose(module(x), expected, rtol=1e-4, atol=1e-5) else [])
+
+    threads = [threading.Thread(target=call, args=(module,)) for module in modules * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (wrong, most[0]) == ([], 1)
+    assert runs[0] == (1 if kept else 2)  # once for each module, or once for both where it is kept on disk
+
+
+@needs_kernels
+def test_measuring_within_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that is timed may hold modules that have not measured yet."""
+    module, conv = make()
+    x = torch.randn(1, 6, 8, 8)
+    with choice.one_at_a_time(), torch.no_grad():
+        torch.testing.assert_close(module(x), conv(x).relu(), rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_may_measure_while_its_parent_does() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with choice.one_at_a_time():
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            os._exit(0 if choice._lock.acquire(timeout=5) else 1)
+        os._exit(2)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@needs_kernels
 def test_many_shapes_are_not_all_measured(clock: dict[str, Any]) -> None:
     module, conv = make()
     with torch.no_grad():
@@ -204,8 +276,6 @@ def test_many_shapes_are_not_all_measured(clock: dict[str, Any]) -> None:
 
 @needs_kernels
 def test_real_times_never_choose_a_kernel_that_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
     real = CompactConv2d._compiled
 
     def slow(self: CompactConv2d, x: Tensor, residual: Tensor | None) -> Tensor:
