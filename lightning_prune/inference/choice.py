@@ -24,11 +24,16 @@ BACKENDS = ("auto", "own", "vendor")
 #: our kernel must be so much faster to be taken
 MARGIN = 1.03
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_ROUNDS, _SECONDS, _WARMUP = 9, 0.02, 1
-#: seconds per candidate after which a few rounds are enough: long calls vary little
-_LONG = 0.1
-#: slower than the fastest by so much after a few rounds: not measured any further
-_HOPELESS, _FEW = 1.5, 3
+#: on a GPU
+_ROUNDS = 9
+#: turns of each candidate at least, seconds that are measured per candidate and that one turn takes, calls of a turn
+_TURNS, _SECONDS, _TURN, _FEW, _MOST = 3, 0.015, 2e-3, 2, 16
+#: seconds of a call from which a turn is a single one
+_LONG = 0.02
+#: slower than the fastest by so much after a few calls: not measured any further
+_HOPELESS = 1.5
+#: as good as the fastest: by how much the margin and noise could decide
+_CLOSE = MARGIN**2
 
 
 _lock = threading.RLock()  # a network that is measured may hold modules that measure
@@ -150,20 +155,46 @@ def _interleaved(calls: dict[str, Callable[[], Tensor]], device: torch.device) -
 
 
 def _by_the_clock(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """Medians; candidates take turns, so that whatever else the machine does hits all of them alike."""
+    """Medians; candidates take turns, so that whatever else the machine does hits all of them alike.
+
+    Those that are as good as equally fast are measured once more: there a little noise would decide.
+    """
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(_WARMUP):
-        for call in calls.values():
-            call()
-    total, rounds, running = 0.0, 0, dict(calls)
-    while rounds < (_FEW if total > _LONG * len(calls) else _ROUNDS) or total < _SECONDS * len(running):
-        for name, call in running.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-            total += taken[name][-1]
-        rounds += 1
-        if rounds == _FEW:
-            limit = _HOPELESS * min(map(min, taken.values()))
-            running = {name: call for name, call in calls.items() if min(taken[name]) <= limit}
+    _take_turns(calls, taken, _TURNS, _SECONDS)
+    best = min(map(median, taken.values()))
+    close = {name: call for name, call in calls.items() if median(taken[name]) <= _CLOSE * best}
+    if len(close) > 1 and best < _LONG:
+        _take_turns(close, taken, _TURNS - 1, _SECONDS)
     return {name: median(values) for name, values in taken.items()}
+
+
+def _take_turns(
+    calls: dict[str, Callable[[], Tensor]], taken: dict[str, list[float]], least: int, seconds: float
+) -> None:
+    """Time each call, several in a row, behind one that is not counted.
+
+    The caches then hold what the candidate itself leaves there, and not what the one before it did. Long calls leave little of
+    that: they are timed one by one.
+    """
+    for call in calls.values():
+        call()
+    spent, turns, running = 0.0, 0, dict(calls)
+    while spent < seconds * len(running) or turns < least:
+        for name, call in running.items():
+            first, count = _seconds_of(call), 0
+            if first > _LONG:
+                taken[name].append(first)
+            while first <= _LONG and (count < _FEW or (count < _MOST and count * first < _TURN)):
+                taken[name].append(_seconds_of(call))
+                count += 1
+            spent += first + (sum(taken[name][-count:]) if count else 0.0)
+        turns += 1
+        if min(map(len, taken.values())) >= _FEW:
+            limit = _HOPELESS * min(map(min, taken.values()))
+            running = {name: call for name, call in running.items() if min(taken[name]) <= limit}
+
+
+def _seconds_of(call: Callable[[], Tensor]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
