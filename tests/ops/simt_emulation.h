@@ -116,6 +116,10 @@ inline int conflicts(const void* const* rows) {
   return most - 1;
 }
 
+// Misaligned ones trap (-fsanitize=alignment).
+inline Piece16 load16(const void* p) { return *static_cast<const Piece16*>(p); }
+inline void store16(void* p, const Piece16& v) { *static_cast<Piece16*>(p) = v; }
+
 inline void copy16(void* to, const void* from, int bytes) {
   const char* source = static_cast<const char*>(from);
   if (reinterpret_cast<uintptr_t>(source) % 16 != 0 || bytes < 0 || bytes > 16) ++machine.misaligned;

@@ -20,7 +20,7 @@ LP_DEVICE void load_eight(const void* from, int64_t offset, int count, float* v)
   const E* at = static_cast<const E*>(from) + offset;
   if (count >= 8) {
 #pragma unroll
-    for (int i = 0; i < 8 / S::kLanes; ++i) unpack<S>(reinterpret_cast<const Piece16*>(at)[i], v + i * S::kLanes);
+    for (int i = 0; i < 8 / S::kLanes; ++i) unpack<S>(simt::load16(at + i * S::kLanes), v + i * S::kLanes);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = i < count ? S::load(at[i]) : 0.f;

@@ -23,6 +23,11 @@ LP_HD uint32_t bits_of_float(float v) {
   return bits;
 }
 
+// 16 bytes of storage: simt::load16 and store16 move them at once.
+struct alignas(16) Piece16 {
+  uint32_t words[4];
+};
+
 // kLanes: elements in 16 bytes, the unit of every copy.
 struct Bf16 {
   using Element = uint16_t;

@@ -9,10 +9,6 @@
 namespace lp {
 namespace cuda {
 
-// 16 bytes of storage.
-struct alignas(16) Piece16 {
-  uint32_t words[4];
-};
 struct alignas(8) Pair {
   float a, b;
 };
@@ -106,7 +102,7 @@ LP_DEVICE void finish_eight(const TensorConv& p, int m, int o, Eight sums) {
     float add[8];
     if (p.r_vector && whole) {
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) unpack<S>(reinterpret_cast<const Piece16*>(r)[i], add + i * S::kLanes);
+      for (int i = 0; i < kPieces; ++i) unpack<S>(simt::load16(r + i * S::kLanes), add + i * S::kLanes);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) add[i] = o + i < p.outputs ? S::load(r[i * p.r_c]) : 0.f;
@@ -117,9 +113,9 @@ LP_DEVICE void finish_eight(const TensorConv& p, int m, int o, Eight sums) {
   activate_eight(p.act, v);
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = o + i < p.outputs ? v[i] : 0.f;
-  Piece16* y = reinterpret_cast<Piece16*>(static_cast<E*>(p.y) + at.y + o);
+  E* y = static_cast<E*>(p.y) + at.y + o;
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) y[i] = pack<S>(v + i * S::kLanes);
+  for (int i = 0; i < kPieces; ++i) simt::store16(y + i * S::kLanes, pack<S>(v + i * S::kLanes));
 }
 
 // Eight outputs to wherever they belong. A function of its own: it is large, and called where memory is what takes time.

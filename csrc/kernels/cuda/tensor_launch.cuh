@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t c = c0 + i < s.channels ? f.in_index[c0 + i] : -1;
     v[i] = valid(c, f.x_channels) ? S::load(x[c * f.x.c]) : 0.f;
   }
-  Piece16* y = reinterpret_cast<Piece16*>(static_cast<E*>(to.data) + at(to, r.n, c0, r.h, r.w));
+  E* y = static_cast<E*>(to.data) + at(to, r.n, c0, r.h, r.w);
 #pragma unroll
-  for (int i = 0; i < 8 / S::kLanes; ++i) y[i] = pack<S>(v + i * S::kLanes);
+  for (int i = 0; i < 8 / S::kLanes; ++i) simt::store16(y + i * S::kLanes, pack<S>(v + i * S::kLanes));
 }
 
 template <class T>
