@@ -65,10 +65,12 @@ class Case:
 
 def laid_out(x: torch.Tensor, layout: str, spare: float = float("nan")) -> torch.Tensor:
     """A copy of x: contiguous ("first"), channels_last ("last"), or with spare lanes that hold ``spare`` ("padded")."""
-    if layout == "first":
-        return x.contiguous()
-    if layout == "last":
-        return x.contiguous(memory_format=torch.channels_last)
+    if layout != "padded":
+        # What follows the last element in its 16 bytes may be read and holds anything, as on the device.
+        plain = x.contiguous(memory_format=torch.channels_last if layout == "last" else torch.contiguous_format)
+        room = x.new_full((x.numel() + 8,), spare)
+        copy = room.as_strided(plain.shape, plain.stride())
+        return copy.copy_(x)
     n, c, h, w = x.shape
     room = x.new_full((n, -(-c // 8) * 8, h, w), spare).contiguous(memory_format=torch.channels_last)
     room[:, :c] = x

@@ -13,20 +13,6 @@ LP_HD int64_t depthwise_units(const TensorConv& p) {
   return images * p.out_h * ((p.out_w + kStrip - 1) / kStrip) * (p.columns / 8);
 }
 
-// Eight values, of which `count` exist.
-template <class S>
-LP_DEVICE void load_eight(const void* from, int64_t offset, int count, float* v) {
-  using E = typename S::Element;
-  const E* at = static_cast<const E*>(from) + offset;
-  if (count >= 8) {
-#pragma unroll
-    for (int i = 0; i < 8 / S::kLanes; ++i) unpack<S>(simt::load16(at + i * S::kLanes), v + i * S::kLanes);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = i < count ? S::load(at[i]) : 0.f;
-  }
-}
-
 struct Strip {
   int n, oh, ow, channel;
 };
@@ -45,12 +31,17 @@ LP_DEVICE void depthwise_strip(const TensorConv& p, const Strip& at) {
     if constexpr (KW > 0) {
       float w[KW][8];
 #pragma unroll
-      for (int k = 0; k < KW; ++k) load_eight<S>(p.weight, weights + k * p.columns, 8, w[k]);
+      for (int k = 0; k < KW; ++k) unpack<S>(read_pieces<S>(p.weight, weights + k * p.columns, 8), w[k]);
+      // All of the row before its first use, zeros outside: without branches between them the loads overlap.
+      constexpr int kColumns = (kStrip - 1) * STRIDE + KW;
+      Pieces<S> columns[kColumns] = {};
 #pragma unroll
-      for (int c = 0; c < (kStrip - 1) * STRIDE + KW; ++c) {
+      for (int c = 0; c < kColumns; ++c)
+        if (unsigned(w0 + c) < unsigned(p.width)) columns[c] = read_pieces<S>(p.x, row + int64_t(w0 + c) * p.x_w, left);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
         float v[8];
-        if (unsigned(w0 + c) >= unsigned(p.width)) continue;
-        load_eight<S>(p.x, row + int64_t(w0 + c) * p.x_w, left, v);
+        unpack<S>(columns[c], v);
 #pragma unroll
         for (int j = 0; j < kStrip; ++j) {
           if (c - j * STRIDE < 0 || c - j * STRIDE >= KW) continue;
@@ -61,12 +52,12 @@ LP_DEVICE void depthwise_strip(const TensorConv& p, const Strip& at) {
     } else {
       for (int k = 0; k < p.kw; ++k) {
         float w[8], v[8];
-        load_eight<S>(p.weight, weights + int64_t(k) * p.columns, 8, w);
+        unpack<S>(read_pieces<S>(p.weight, weights + int64_t(k) * p.columns, 8), w);
 #pragma unroll
         for (int j = 0; j < kStrip; ++j) {
           const int column = w0 + j * p.stride_w + k * p.dil_w;
           if (unsigned(column) >= unsigned(p.width)) continue;
-          load_eight<S>(p.x, row + int64_t(column) * p.x_w, left, v);
+          unpack<S>(read_pieces<S>(p.x, row + int64_t(column) * p.x_w, left), v);
 #pragma unroll
           for (int i = 0; i < 8; ++i) sums[j].v[i] += v[i] * w[i];
         }

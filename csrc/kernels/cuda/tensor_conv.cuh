@@ -29,6 +29,29 @@ LP_DEVICE void unpack(const Piece16& piece, float* v) {
   }
 }
 
+// Eight values in storage.
+template <class S>
+struct Pieces {
+  Piece16 at[8 / S::kLanes];
+};
+
+// Those from an element on that lies at a 16-byte boundary; `count` > 0 of them exist. A piece that holds one of these is read
+// whole: memory comes in larger units, and what the spare lanes hold (anything) meets no other lane.
+template <class S>
+LP_DEVICE Pieces<S> read_pieces(const void* from, int64_t offset, int count) {
+  const typename S::Element* at = static_cast<const typename S::Element*>(from) + offset;
+  Pieces<S> r = {};
+#pragma unroll
+  for (int i = 0; i < 8 / S::kLanes; ++i)
+    if (i == 0 || i * S::kLanes < count) r.at[i] = simt::load16(at + i * S::kLanes);
+  return r;
+}
+template <class S>
+LP_DEVICE void unpack(const Pieces<S>& pieces, float* v) {
+#pragma unroll
+  for (int i = 0; i < 8 / S::kLanes; ++i) unpack<S>(pieces.at[i], v + i * S::kLanes);
+}
+
 template <class S>
 LP_DEVICE Piece16 pack(const float* v) {
   Piece16 piece;
@@ -91,19 +114,17 @@ LP_DEVICE void finish_eight(const TensorConv& p, int m, int o, Eight sums) {
   using E = typename S::Element;
   constexpr int kPieces = 8 / S::kLanes;
   const PixelOffset at = offset_of(p, m);
-  const bool whole = o + 8 <= p.outputs;
   if (p.bias) {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       if (o + i < p.outputs) v[i] += bias_at<S>(p, o + i);
   }
   if (p.residual) {
-    const E* r = static_cast<const E*>(p.residual) + at.r + o * p.r_c;
     float add[8];
-    if (p.r_vector && whole) {
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) unpack<S>(simt::load16(r + i * S::kLanes), add + i * S::kLanes);
+    if (p.r_vector) {
+      unpack<S>(read_pieces<S>(p.residual, at.r + o, p.outputs - o), add);
     } else {
+      const E* r = static_cast<const E*>(p.residual) + at.r + o * p.r_c;
 #pragma unroll
       for (int i = 0; i < 8; ++i) add[i] = o + i < p.outputs ? S::load(r[i * p.r_c]) : 0.f;
     }
