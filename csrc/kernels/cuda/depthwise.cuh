@@ -64,11 +64,16 @@ LP_DEVICE void depthwise_strip(const TensorConv& p, const Strip& at) {
       }
     }
   }
-  const int m = (at.n * p.out_h + at.oh) * p.out_w + at.ow;
+  const int m = (at.n * p.out_h + at.oh) * p.out_w + at.ow, count = p.out_w - at.ow < kStrip ? p.out_w - at.ow : kStrip;
+  // One copy of the long epilogue: the sums of the next output move to the front.
+#pragma unroll 1
+  for (int j = 0; j < count; ++j) {
+    if (writes_rows(p))
+      finish_eight<S>(p, m + j, at.channel, sums[0]);
+    else
+      finish_each<S>(p, m + j, at.channel, sums[0]);
 #pragma unroll
-  for (int j = 0; j < kStrip; ++j) {
-    if (at.ow + j >= p.out_w) break;
-    finish_any<S>(p, m + j, at.channel, sums[j]);
+    for (int k = 1; k < kStrip; ++k) sums[k - 1] = sums[k];
   }
 }
 

@@ -139,10 +139,9 @@ LP_DEVICE void finish_eight(const TensorConv& p, int m, int o, Eight sums) {
   for (int i = 0; i < kPieces; ++i) simt::store16(y + i * S::kLanes, pack<S>(v + i * S::kLanes));
 }
 
-// Eight outputs to wherever they belong. A function of its own: it is large, and called where memory is what takes time.
+// Eight outputs one by one, wherever they belong. A function of its own: it is large and rare.
 template <class S>
-LP_DEVICE_CALL void finish_any(const TensorConv& p, int m, int o, Eight sums) {
-  if (p.y_vector && !p.out_index) return finish_eight<S>(p, m, o, sums);
+LP_DEVICE_CALL void finish_each(const TensorConv& p, int m, int o, Eight sums) {
 #pragma unroll 1
   for (int i = 0; i < 8; ++i) finish_one<S>(p, m, o + i, sums.v[i]);
 }
@@ -297,7 +296,7 @@ struct TensorConvKernel {
       }
     simt::sync_warp();
     const int row = first_row() + warp_m, column = first_column + warp_n;
-    if (p.partial || (p.y_vector && !p.out_index)) {
+    if (p.partial || writes_rows(p)) {
 #pragma unroll 1
       for (int u = lane; u < T::WM * T::NI; u += 32) {
         const int m = row + u / T::NI, o = column + u % T::NI * 8;
@@ -331,7 +330,10 @@ LP_DEVICE void add_parts(const TensorConv& p, int64_t unit) {
 #pragma unroll
     for (int k = 0; k < 8; ++k) sum.v[k] += part.v[k];
   }
-  finish_any<S>(p, m, o, sum);
+  if (writes_rows(p))
+    finish_eight<S>(p, m, o, sum);
+  else
+    finish_each<S>(p, m, o, sum);
 }
 
 }  // namespace cuda

@@ -64,6 +64,9 @@ struct TensorConv {
   bool pixels_first;  // neighbouring pixels are closer in y than neighbouring channels
 };
 
+// Whether eight outputs of a pixel are 16-byte pieces of y.
+LP_HD bool writes_rows(const TensorConv& p) { return p.y_vector && !p.out_index; }
+
 LP_HD int kw_magic_of(int64_t kw) { return int(65536 / kw + 1); }
 
 // A position in the depth list, advanced by a fixed number of chunks.
