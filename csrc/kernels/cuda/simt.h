@@ -28,13 +28,15 @@ LP_DEVICE char* shared() {
 }
 LP_DEVICE unsigned address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
-// In one access: a vector type of the language is what the compiler does not take apart.
+// Global memory in one access. The compiler merges words by itself where it pleases, and takes apart stores of vector types.
 LP_DEVICE Piece16 load16(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   return Piece16{{v.x, v.y, v.z, v.w}};
 }
 LP_DEVICE void store16(void* p, const Piece16& v) {
-  *static_cast<uint4*>(p) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]);
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.words[0]), "r"(v.words[1]),
+               "r"(v.words[2]), "r"(v.words[3])
+               : "memory");
 }
 
 // Copies `bytes` (0 to 16) and fills the rest of the 16 with zeros.
