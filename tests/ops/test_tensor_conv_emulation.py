@@ -67,7 +67,9 @@ def laid_out(x: torch.Tensor, layout: str, spare: float = float("nan")) -> torch
     """A copy of x: contiguous ("first"), channels_last ("last"), or with spare lanes that hold ``spare`` ("padded")."""
     if layout != "padded":
         # What follows the last element in its 16 bytes may be read and holds anything, as on the device.
-        plain = x.contiguous(memory_format=torch.channels_last if layout == "last" else torch.contiguous_format)
+        plain = x.contiguous(
+            memory_format=torch.channels_last if layout == "last" else torch.contiguous_format
+        )
         room = x.new_full((x.numel() + 8,), spare)
         copy = room.as_strided(plain.shape, plain.stride())
         return copy.copy_(x)
@@ -95,7 +97,11 @@ def emulate(emulator: ctypes.CDLL, case: Case) -> tuple[torch.Tensor, torch.Tens
     assert packed.data_ptr() % 16 == 0
     # Spare lanes hold NaN: nothing of them may reach a result.
     x = laid_out(randn(case.batch, case.inputs, *case.size), "padded")
-    bias = randn(case.outputs) if case.bias else None
+    bias = None
+    if case.bias:  # at 16 bytes or not, and NaN behind it
+        kind = torch.float32 if case.seed % 3 == 0 else case.dtype
+        room = torch.full((case.outputs + 16,), float("nan"), dtype=kind)
+        bias = room[case.seed % 2 :][: case.outputs].copy_(randn(case.outputs))
     place = [[case.stride] * 2, [case.padding] * 2, [case.dilation] * 2, case.groups]
     double = reference.pack_conv2d_weight(weight.double(), case.groups)
     width = case.outputs + 3 if case.scatter else case.outputs
@@ -125,7 +131,8 @@ def emulate(emulator: ctypes.CDLL, case: Case) -> tuple[torch.Tensor, torch.Tens
     count = (case.batch * case.size[0] * case.size[1] - 1) * (-(-case.inputs // 8) * 8) + case.inputs
     code = emulator.emulate_tensor_conv(
         (ctypes.c_int64 * 17)(*numbers), NUMBER[case.dtype], pointer(x), strides(x),
-        ctypes.c_int64(count * x.element_size()), pointer(packed), ctypes.c_int64(packed.nbytes), pointer(bias), 0,
+        ctypes.c_int64(count * x.element_size()), pointer(packed), ctypes.c_int64(packed.nbytes), pointer(bias),
+        int(bias is not None and bias.dtype == torch.float32),
         pointer(residual), None if residual is None else strides(residual), pointer(y), strides(y),
         int(case.out == "padded"), pointer(index), ctypes.c_int64(width), ACTIVATION_NUMBER[case.activation], case.tile,
         case.splits, int(case.reverse), counters,

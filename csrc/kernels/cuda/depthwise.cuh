@@ -65,15 +65,21 @@ LP_DEVICE void depthwise_strip(const TensorConv& p, const Strip& at) {
     }
   }
   const int m = (at.n * p.out_h + at.oh) * p.out_w + at.ow, count = p.out_w - at.ow < kStrip ? p.out_w - at.ow : kStrip;
-  // One copy of the long epilogue: the sums of the next output move to the front.
+  const bool in_rows = writes_rows(p);
+  const Eight bias = in_rows ? bias_of<S>(p, at.channel) : Eight{};
+  Pieces<S> residual[kStrip] = {};
+#pragma unroll
+  for (int j = 0; j < kStrip; ++j)
+    if (in_rows && j < count) residual[j] = residual_of<S>(p, m + j, at.channel);
+  // One copy of the long epilogue: what belongs to the next output moves to the front.
 #pragma unroll 1
   for (int j = 0; j < count; ++j) {
-    if (writes_rows(p))
-      finish_eight<S>(p, m + j, at.channel, sums[0]);
+    if (in_rows)
+      finish_eight<S>(p, m + j, at.channel, sums[0], bias, residual[0]);
     else
       finish_each<S>(p, m + j, at.channel, sums[0]);
 #pragma unroll
-    for (int k = 1; k < kStrip; ++k) sums[k - 1] = sums[k];
+    for (int k = 1; k < kStrip; ++k) sums[k - 1] = sums[k], residual[k - 1] = residual[k];
   }
 }
 

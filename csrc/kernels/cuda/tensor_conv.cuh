@@ -107,36 +107,56 @@ LP_DEVICE void finish_one(const TensorConv& p, int m, int o, float v) {
   static_cast<E*>(p.y)[at.y + c * p.y_c] = S::save(activate(p.act, v));
 }
 
-// The same for outputs o .. o + 7 of pixel m, which exist in y's rows; those past the last output are zero.
+// The bias of outputs o .. o + 7; zeros where there is none.
 template <class S>
-LP_DEVICE void finish_eight(const TensorConv& p, int m, int o, Eight sums) {
-  float* v = sums.v;
-  using E = typename S::Element;
-  constexpr int kPieces = 8 / S::kLanes;
-  const PixelOffset at = offset_of(p, m);
-  if (p.bias) {
+LP_DEVICE Eight bias_of(const TensorConv& p, int o) {
+  Eight r = {};
+  if (!p.bias) return r;
+  if (!p.bias_vector) {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      if (o + i < p.outputs) v[i] += bias_at<S>(p, o + i);
+      if (o + i < p.outputs) r.v[i] = bias_at<S>(p, o + i);
+  } else if (S::kLanes == 4 || p.bias_is_float) {
+    unpack<F32>(read_pieces<F32>(p.bias, o, p.outputs - o), r.v);
+  } else {
+    unpack<S>(read_pieces<S>(p.bias, o, p.outputs - o), r.v);
   }
-  if (p.residual) {
-    float add[8];
-    if (p.r_vector) {
-      unpack<S>(read_pieces<S>(p.residual, at.r + o, p.outputs - o), add);
-    } else {
-      const E* r = static_cast<const E*>(p.residual) + at.r + o * p.r_c;
+  return r;
+}
+
+// The residual of outputs o .. o + 7 at pixel m, as it lies in rows of channels; nothing where it lies otherwise.
+template <class S>
+LP_DEVICE Pieces<S> residual_of(const TensorConv& p, int m, int o) {
+  if (!p.r_vector) return Pieces<S>{};
+  return read_pieces<S>(p.residual, offset_of(p, m).r + o, p.outputs - o);
+}
+
+// The same for outputs o .. o + 7 of pixel m, which exist in y's rows; those past the last output are zero. What it adds was
+// read before, so that nobody waits for it here.
+template <class S>
+LP_DEVICE void finish_eight(const TensorConv& p, int m, int o, Eight sums, const Eight& bias, const Pieces<S>& residual) {
+  float* v = sums.v;
+  using E = typename S::Element;
+  const PixelOffset at = offset_of(p, m);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) add[i] = o + i < p.outputs ? S::load(r[i * p.r_c]) : 0.f;
-    }
+  for (int i = 0; i < 8; ++i) v[i] += bias.v[i];
+  if (p.r_vector) {
+    float add[8];
+    unpack<S>(residual, add);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] += add[i];
+  } else if (p.residual) {
+    const E* r = static_cast<const E*>(p.residual) + at.r + o * p.r_c;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (o + i < p.outputs) v[i] += S::load(r[i * p.r_c]);
   }
   activate_eight(p.act, v);
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = o + i < p.outputs ? v[i] : 0.f;
   E* y = static_cast<E*>(p.y) + at.y + o;
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) simt::store16(y + i * S::kLanes, pack<S>(v + i * S::kLanes));
+  for (int i = 0; i < 8 / S::kLanes; ++i) simt::store16(y + i * S::kLanes, pack<S>(v + i * S::kLanes));
 }
 
 // Eight outputs one by one, wherever they belong. A function of its own: it is large and rare.
@@ -297,22 +317,40 @@ struct TensorConvKernel {
     simt::sync_warp();
     const int row = first_row() + warp_m, column = first_column + warp_n;
     if (p.partial || writes_rows(p)) {
-#pragma unroll 1
-      for (int u = lane; u < T::WM * T::NI; u += 32) {
-        const int m = row + u / T::NI, o = column + u % T::NI * 8;
-        if (m >= p.pixels || o >= p.columns) continue;
-        const Eight v = *reinterpret_cast<const Eight*>(rows + u / T::NI * kStride + u % T::NI * 8);
-        if (p.partial)
-          *reinterpret_cast<Eight*>(p.partial + (int64_t(simt::block_y()) * p.pixels + m) * p.columns + o) = v;
-        else
-          finish_eight<S>(p, m, o, v);
-      }
+      finish_units(rows, row, column);
     } else {
 #pragma unroll 1
       for (int e = lane; e < T::WM * T::WN; e += 32) {
         const int r = p.pixels_first ? e % T::WM : e / T::WN, c = p.pixels_first ? e / T::WM : e % T::WN;
         if (row + r < p.pixels) finish_one<S>(p, row + r, column + c, rows[r * kStride + c]);
       }
+    }
+  }
+
+  // Units of eight outputs of a pixel. The residuals of the next few are on their way while one is finished.
+  LP_DEVICE void finish_units(const float* rows, int row, int column) {
+    constexpr int kUnits = T::WM * T::NI, kRounds = (kUnits + 31) / 32, kNext = kRounds < 4 ? kRounds : 4;
+    const auto exists = [&](int u) { return u < kUnits && row + u / T::NI < p.pixels && column + u % T::NI * 8 < p.columns; };
+    const auto read = [&](int u) {
+      if (p.partial || !exists(u)) return Pieces<S>{};
+      return residual_of<S>(p, row + u / T::NI, column + u % T::NI * 8);
+    };
+    Pieces<S> next[kNext];
+#pragma unroll
+    for (int k = 0; k < kNext; ++k) next[k] = read(lane + 32 * k);
+#pragma unroll 1
+    for (int u = lane; u < kUnits; u += 32) {
+      const Pieces<S> residual = next[0];
+#pragma unroll
+      for (int k = 1; k < kNext; ++k) next[k - 1] = next[k];
+      next[kNext - 1] = read(u + 32 * kNext);
+      if (!exists(u)) continue;
+      const int m = row + u / T::NI, o = column + u % T::NI * 8;
+      const Eight v = *reinterpret_cast<const Eight*>(rows + u / T::NI * T::kSumStride + u % T::NI * 8);
+      if (p.partial)
+        *reinterpret_cast<Eight*>(p.partial + (int64_t(simt::block_y()) * p.pixels + m) * p.columns + o) = v;
+      else
+        finish_eight<S>(p, m, o, v, bias_of<S>(p, o), residual);
     }
   }
 };
@@ -324,14 +362,17 @@ LP_DEVICE void add_parts(const TensorConv& p, int64_t unit) {
   if (unit >= int64_t(p.pixels) * per_pixel) return;
   const int m = int(p.pixels_first ? unit % p.pixels : unit / per_pixel);
   const int o = int(p.pixels_first ? unit / p.pixels : unit % per_pixel) * 8;
+  const bool in_rows = writes_rows(p);
+  const Eight bias = in_rows ? bias_of<S>(p, o) : Eight{};
+  const Pieces<S> residual = in_rows ? residual_of<S>(p, m, o) : Pieces<S>{};
   Eight sum = {};
   for (int s = 0; s < p.splits; ++s) {
     const Eight part = *reinterpret_cast<const Eight*>(p.partial + (int64_t(s) * p.pixels + m) * p.columns + o);
 #pragma unroll
     for (int k = 0; k < 8; ++k) sum.v[k] += part.v[k];
   }
-  if (writes_rows(p))
-    finish_eight<S>(p, m, o, sum);
+  if (in_rows)
+    finish_eight<S>(p, m, o, sum, bias, residual);
   else
     finish_each<S>(p, m, o, sum);
 }

@@ -58,6 +58,7 @@ struct TensorConv {
   int blocks_n;  // tiles side by side: neighbouring blocks read the same pixels
   Act act;
   bool bias_is_float;
+  bool bias_vector;   // bias begins at 16 bytes
   bool y_vector;      // y has 16-byte rows of channels with room for `columns`
   bool r_vector;      // so has residual
   bool y_linear;      // pixel m of y lies at m * y_w, likewise of residual

@@ -149,6 +149,7 @@ inline TensorConv tensor_params(const CompactForward& f, const View& x, const La
   p.splits = launch.splits, p.blocks_n = launch.blocks_n;
   p.steps_per_split = int(divide_up(divide_up(int64_t(p.taps) * p.chunks, kTiles[launch.tile].ch), launch.splits));
   p.act = f.act, p.bias_is_float = f.bias_is_float;
+  p.bias_vector = reinterpret_cast<uintptr_t>(f.bias) % 16 == 0;
   p.y_vector = aligned_rows(f.y, s, s.out_h, s.out_w, f.lanes) && (s.outputs % 8 == 0 || f.y_has_room);
   p.r_vector = f.residual.data && aligned_rows(f.residual, s, s.out_h, s.out_w, f.lanes);
   const auto linear = [&](const View& v) {
