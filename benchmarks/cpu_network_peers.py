@@ -177,12 +177,16 @@ RUNTIMES: dict[str, Callable[[Given], Run]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What a worker prepares: networks of some variants, a batch, threads, and the logits that are right."""
+    """What a worker prepares: networks of some variants, a batch for each or all, threads, and the logits that are right.
+
+    ``seconds``: calls that are shorter are repeated for so long.
+    """
 
     files: dict[str, Path]
-    x: Tensor
+    x: Tensor | dict[str, Tensor]
     threads: int
     expected: Path
+    seconds: float = 0.03
 
 
 def serve(pipe: Connection, runtime: str) -> None:
@@ -192,17 +196,20 @@ def serve(pipe: Connection, runtime: str) -> None:
     failed; the name of a variant, by (cpu seconds, wall seconds) of one call.
     """
     calls: dict[str, Run] = {}
+    seconds = 0.0
     with torch.inference_mode() if runtime != "torch.compile" else torch.no_grad():
         while (request := pipe.recv()) is not None:
             try:
                 if isinstance(request, str):
-                    pipe.send(_timed(calls[request]))
+                    pipe.send(_timed(calls[request], seconds))
                     continue
                 calls.clear()
+                seconds = request.seconds
                 torch.set_num_threads(request.threads)
                 errors, truth = {}, torch.load(request.expected)
                 for variant, file in request.files.items():
-                    calls[variant] = RUNTIMES[runtime](Given(file, request.x, request.threads))
+                    x = request.x if isinstance(request.x, Tensor) else request.x[variant]
+                    calls[variant] = RUNTIMES[runtime](Given(file, x, request.threads))
                     right = truth[variant]
                     error = (calls[variant]().double() - right).abs().max() / right.abs().max()
                     errors[variant] = float(error)
@@ -211,7 +218,7 @@ def serve(pipe: Connection, runtime: str) -> None:
                 pipe.send(f"{type(failure).__name__}: {failure}")
 
 
-def _timed(call: Run, seconds: float = 0.03) -> tuple[float, float]:
+def _timed(call: Run, seconds: float) -> tuple[float, float]:
     """One call, or several while they are short and the caches belong to another process."""
     at, begin = time.process_time(), time.perf_counter()
     call()

@@ -3,9 +3,10 @@
 ResNet-18, VGG-16-BN, ResNet-50 and MobileNetV2 at 224x224 with about half of their channels. Ours runs the network as it
 was pruned (ragged) and, in a second table, with widths rounded to multiples of 8. A peer runs the ragged network too, and
 the same one zero-padded to multiples of 8; its better time counts. Every runtime lives in a process of its own and they
-take turns. One thread: process CPU time; two threads: wall time. Ratios are medians over rounds of the ratio within a round.
+take turns. One thread: process CPU time; two threads: wall time. Ratios are medians over rounds of the ratio within a round;
+who is far behind after a few rounds leaves the race.
 
-    python benchmarks/cpu_networks.py             # everything, below 10 minutes, to benchmarks/results/
+    python benchmarks/cpu_networks.py             # everything, about 20 minutes, to benchmarks/results/
     python benchmarks/cpu_networks.py --quick     # one thread, few rounds, ragged only, no torch.compile, on the screen
     python benchmarks/cpu_networks.py --isa avx2  # this package, torch and oneDNN capped at AVX2
 """
@@ -13,10 +14,7 @@ take turns. One thread: process CPU time; two threads: wall time. Ratios are med
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import multiprocessing
-import random
 import statistics
 import tempfile
 import time
@@ -24,71 +22,23 @@ from pathlib import Path
 from typing import Any
 
 from cpu_runtimes import LEAST_ROUNDS, PACKAGES, environment, installed, parser, pin_environment, write
+from cpu_workers import OURS, Times, Worker, medians, prepared, processes, race
 
-OURS = "ours"
 VARIANTS = ("ragged", "padded", "rounded", "dense")
-#: torch.compile takes half a minute to prepare; its frozen graphs make the calls of "oneDNN prepacked"
-COMPILED = ("ResNet-18",)
+#: what competes with each other
+RACES = (("ragged", "padded"), ("rounded",), ("dense",))
 #: networks that are measured unpruned and rounded, too; those of VGG-16 take most of a second per call, and long to prepare
 WHOLE = ("ResNet-18", "ResNet-50", "MobileNetV2")
-#: seconds after which a runtime that is not ready does without
-PATIENCE = 90.0
-#: seconds before each turn on more than one thread: workers of the last runtime may still spin
-PAUSE = 0.02
-#: seconds per runtime and variant
-Times = dict[tuple[str, str], list[float]]
 
 
 def variants(name: str, runtime: str, batch: int, threads: int, quick: bool) -> list[str]:
-    """What a runtime is given. Those that were never the fastest, and what takes long to prepare, get less."""
+    """What a runtime is given. torch.compile takes minutes to prepare: it has the case that most people ask about."""
     whole = threads == 1 and batch > 1 and not quick and name in WHOLE
     if runtime == OURS:
         return ["ragged", "rounded"] if whole else ["ragged"]
     if runtime == "torch.compile":
-        return ["ragged"] if whole and name in COMPILED else []
-    if runtime.startswith("eager"):
-        return ["ragged"] if threads == 1 else []
-    return ["ragged", "padded"] + (["rounded", "dense"] if whole else [])
-
-
-class Worker:
-    """A runtime in its own process."""
-
-    def __init__(self, context: Any, runtime: str) -> None:
-        from cpu_network_peers import serve
-
-        self.runtime = runtime
-        self.variants: list[str] = []
-        self.pipe, far = context.Pipe()
-        self.process = context.Process(target=serve, args=(far, runtime), daemon=True)
-        self.process.start()
-        far.close()
-
-    def prepare(self, setting: Any) -> None:
-        self.variants = list(setting.files)
-        self.pipe.send(setting)
-
-    def answer(self) -> Any:
-        """What the worker says next: a text where something failed."""
-        try:
-            return self.pipe.recv() if self.pipe.poll(PATIENCE) else f"no answer after {PATIENCE:.0f} s"
-        except EOFError:
-            return "the process died"
-
-    def time(self, variant: str) -> tuple[float, float]:
-        self.pipe.send(variant)
-        answer = self.answer()
-        if isinstance(answer, str):
-            raise RuntimeError(f"{self.runtime}, {variant}: {answer}")
-        cpu, wall = answer
-        return cpu, wall
-
-    def stop(self) -> None:
-        with contextlib.suppress(OSError):
-            self.pipe.send(None)
-        self.process.join(1)
-        self.process.kill()
-        self.process.join()
+        return ["ragged"] if threads == 1 and batch > 1 and not quick else []
+    return ["ragged", "padded"] + (["rounded", "dense"] if whole and not runtime.startswith("eager") else [])
 
 
 def truth(folder: Path, x: Any) -> Path:
@@ -124,57 +74,26 @@ def measure(
 
     x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     expected = truth(folder, x)
-    active, failed, errors = [], {}, {}
-    # Ours first, which chooses by measuring: nobody else may run meanwhile.
-    for turn in ([OURS], [runtime for runtime in workers if runtime != OURS]):
-        waiting = []
-        for runtime in turn:
-            wanted = variants(name, runtime, batch, threads, options.quick)
-            if wanted:
-                files = {variant: folder / f"{variant}.pt" for variant in wanted}
-                workers[runtime].prepare(Setting(files, x, threads, expected))
-                waiting.append(workers[runtime])
-        for worker in waiting:
-            answer = worker.answer()
-            if isinstance(answer, str):
-                if worker.runtime == OURS:
-                    raise RuntimeError(answer)
-                failed[worker.runtime] = answer
-                workers.pop(worker.runtime).stop()
-                continue
-            errors[worker.runtime] = answer
-            active.append(worker)
-    times: Times = {}
-    order, rounds = random.Random(0), 0
-    while rounds < (LEAST_ROUNDS if options.quick else options.rounds):
-        if rounds >= LEAST_ROUNDS and time.monotonic() > deadline:
-            break
-        # The unpruned network is far slower, and only its size matters.
-        turns = [(w, v) for w in active for v in w.variants if v != "dense" or rounds < 3]
-        for worker, variant in order.sample(turns, len(turns)):
-            if threads > 1:
-                time.sleep(PAUSE)
-            cpu, wall = worker.time(variant)
-            times.setdefault((worker.runtime, variant), []).append(cpu if threads == 1 else wall)
-        rounds += 1
+    wanted = {r: variants(name, r, batch, threads, options.quick) for r in workers}
+    setting = {
+        runtime: Setting({v: folder / f"{v}.pt" for v in of}, x, threads, expected)
+        for runtime, of in wanted.items()
+        if of
+    }
+    active, errors, failed = prepared(workers, setting)
+    rounds = LEAST_ROUNDS if options.quick else options.rounds
+    times = race(active, rounds, threads, RACES, {("eager", "ragged")}, deadline)
     return {
         "network": name,
         "batch": batch,
         "threads": threads,
-        "rounds": rounds,
+        "rounds": len(times[OURS, "ragged"]),
         "milliseconds": {v: {r: round(ms, 3) for r, ms in of.items()} for v, of in medians(times).items()},
+        "samples": {f"{runtime}, {variant}": len(of) for (runtime, variant), of in times.items()},
         "errors": errors,
         "failed": failed,
         **ratios(times),
     }
-
-
-def medians(times: Times) -> dict[str, dict[str, float]]:
-    """Milliseconds per variant and runtime."""
-    result: dict[str, dict[str, float]] = {}
-    for (runtime, variant), seconds in times.items():
-        result.setdefault(variant, {})[runtime] = statistics.median(seconds) * 1e3
-    return result
 
 
 def ratios(times: Times) -> dict[str, Any]:
@@ -211,9 +130,9 @@ def ratios(times: Times) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| network | batch | threads | ours, ms | best peer | ms | ratio | over eager | over the unpruned network in its "
-        "best peer | rounded to 8: ours, ms | best peer | ratio | error at the logits |",
-        "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---|---:|---:|",
+        "| network | batch | threads | rounds | ours, ms | best peer | ms | ratio | over eager | over the unpruned network in "
+        "its best peer | rounded to 8: ours, ms | best peer | ratio | error at the logits |",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|---|---:|---:|",
     ]
 
     def shown(row: dict[str, Any], key: str, digits: int = 2) -> str:
@@ -221,7 +140,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
     for row in rows:
-        cells = [row["network"], str(row["batch"]), str(row["threads"]), shown(row, "ours_ms", 1)]
+        cells = [
+            row["network"],
+            str(row["batch"]),
+            str(row["threads"]),
+            str(row["rounds"]),
+            shown(row, "ours_ms", 1),
+        ]
         cells += [shown(row, "best_peer"), shown(row, "best_peer_ms", 1)]
         cells += [shown(row, key) for key in ("ratio", "over_eager", "over_unpruned")]
         cells += [shown(row, "rounded_ms", 1), shown(row, "rounded_peer"), shown(row, "rounded_ratio")]
@@ -230,7 +155,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    made = parser(__doc__, rounds=15, seconds=450)
+    made = parser(__doc__, rounds=15, seconds=3600)
     made.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     made.add_argument("--batches", type=int, nargs="*", default=[8, 1])
     part = "only those whose name contains one of these"
@@ -254,8 +179,7 @@ def main() -> None:
         r for r in found if r == OURS or options.peers is None or any(part in r for part in options.peers)
     ]
     share = options.seconds / max(1, len(names) * len(options.batches) * len(threads_of))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cpu_network_peers", "networks"])
+    context = processes()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:

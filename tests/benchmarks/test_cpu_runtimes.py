@@ -15,7 +15,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(autouse=True)
 def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("cpu_runtimes", "staircase"):  # there is a staircase of the GPU, too
+    for name in (
+        "cpu_runtimes",
+        "cpu_workers",
+        "cpu_networks",
+        "staircase",
+    ):  # there is a staircase of the GPU, too
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -91,3 +96,72 @@ def test_processors_of_one_name_differ() -> None:
     lines = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: fpu vme\n\nprocessor\t: 1\n"
     assert processor(lines) == "AMD EPYC (family 26, model 2)"
     assert processor("processor : 0\nBogoMIPS : 50\nCPU part : 0xd0c\n") != ""
+
+
+class _Runner:
+    """Stands for a worker: it says how long a call took."""
+
+    def __init__(self, runtime: str, seconds: dict[str, float], log: list[tuple[str, str]]) -> None:
+        self.runtime, self.seconds, self.variants, self.log = runtime, seconds, list(seconds), log
+
+    def time(self, variant: str) -> tuple[float, float]:
+        self.log.append((self.runtime, variant))
+        return self.seconds[variant], 2 * self.seconds[variant]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_who_is_far_behind_leaves_the_race(threads: int) -> None:
+    from cpu_runtimes import LEAST_ROUNDS
+    from cpu_workers import OURS, race
+
+    log: list[tuple[str, str]] = []
+    runners = [
+        _Runner(OURS, {"ragged": 9.0}, log),  # slower than everybody, and stays
+        _Runner("near", {"ragged": 1.2, "padded": 1.0, "dense": 7.0}, log),
+        _Runner("far", {"ragged": 1.4, "padded": 1.25, "dense": 10.0}, log),
+        _Runner("eager", {"ragged": 3.0}, log),
+    ]
+    stay = {("eager", "ragged")}
+    times = race(runners, 9, threads, [("ragged", "padded"), ("dense",)], stay, time.monotonic() + 60)
+    counts = {key: len(seconds) for key, seconds in times.items()}
+    few = {("far", "ragged"), ("far", "dense")}
+    assert counts == {key: LEAST_ROUNDS if key in few else 9 for key in counts}
+    assert times["near", "padded"] == [1.0 if threads == 1 else 2.0] * 9  # process time, wall time
+    each = len(counts)
+    rounds = [log[i : i + each] for i in range(0, each * LEAST_ROUNDS, each)]
+    assert all(sorted(turns) == sorted(counts) for turns in rounds)
+    assert len({tuple(turns) for turns in rounds}) > 1
+    late = race(runners, 9, threads, [("ragged", "padded")], (), time.monotonic() - 1)
+    assert {len(seconds) for seconds in late.values()} == {LEAST_ROUNDS}
+
+
+def test_a_ratio_compares_calls_of_the_same_round() -> None:
+    from cpu_networks import ratios
+
+    times = {
+        ("ours", "ragged"): [1.0, 2.0, 4.0, 1.0],
+        ("near", "padded"): [2.0, 4.0, 8.0, 2.0],  # twice ours in every round, though medians differ by more
+        ("near", "ragged"): [2.5, 5.0, 10.0, 2.5],
+        ("gone", "ragged"): [5.0, 10.0],
+        ("eager", "ragged"): [3.0, 6.0, 12.0, 3.0],
+        ("near", "dense"): [6.0, 12.0, 24.0, 6.0],
+    }
+    found = ratios(times)
+    assert (found["best_peer"], found["ratio"]) == ("near", 2.0)
+    assert (found["over_eager"], found["over_unpruned"]) == (3.0, 6.0)
+    assert found["best_peer_ms"] == 3000.0
+    assert "rounded_ratio" not in found
+
+
+def test_what_each_runtime_is_given() -> None:
+    from cpu_networks import RACES, VARIANTS, variants
+
+    peers = ("eager", "eager channels_last", "oneDNN prepacked", "ONNX Runtime", "OpenVINO")
+    for batch in (1, 8):
+        for threads in (1, 2):
+            for runtime in peers:
+                given = variants("ResNet-18", runtime, batch, threads, False)
+                assert {"ragged", "padded"} <= set(given) <= set(VARIANTS)
+    assert "dense" in variants("ResNet-18", "OpenVINO", 8, 1, False)
+    assert variants("VGG-16-BN", "torch.compile", 8, 1, False) == ["ragged"]
+    assert sorted(v for race in RACES for v in race) == sorted(VARIANTS)
