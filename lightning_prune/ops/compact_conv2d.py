@@ -97,14 +97,30 @@ def compact_conv2d(
     Raises:
         RuntimeError: a shape, dtype, device or index does not fit (ValueError or RuntimeError in the fallback).
 
-    Accuracy in float32, as the largest error of a map over its largest sum of ``|x| * |weight|``, against float64: at
-    most 5e-6 for the direct and the 4x4 Winograd algorithm, 2.5e-6 for the 2x2 one (5x5: 6e-6, and 5e-6 with 2x2 tiles). With
-    stride 2 at most 5e-6 (``winograd5_stride2``: 1e-5). The tests hold it for up to 700 channels with random values, values
-    over eight orders of magnitude, large offsets, spikes and alternating signs. An output of a Winograd tile has an error
-    relative to the largest sum of its tile, not to its own. ``strassen`` also adds inputs of the two pixels of a pair, and
-    weights of a unit's 64 outputs, before it multiplies: its error is at most 1e-6 of ``C * max |x| * max |weight|``, also
-    where most inputs meet weights of zero, and infinities and NaN may reach all outputs of the other pixel (at most 27 further
-    on). On inputs of one scale it is two to three times the direct algorithm's.
+    Accuracy of float32 on the CPU against float64, without bias and activation. With u = 2**-24 and n the products that are
+    added one after the other (``C / groups * kh * kw`` directly; with transforms ``C`` + 32, of stride 2 ``4 C`` + 32,
+    ``strassen`` ``2 C`` + 32), :func:`lightning_prune.ops.error_bounds.error_bound` gives two bounds of the largest error of
+    a map:
+
+    - Usually at most ``sqrt(n) u`` times 2 (direct, ``strassen``), 3 (``winograd2`` and ``winograd4_stride2`` of 3x3) or 6
+      (the others), relative to the map's largest sum of ``|x| * |weight|``: 2.9e-6, 1.8e-6 and 3.5e-6 for 3x3 of 64 channels
+      directly, by ``winograd2`` and by ``winograd4``. The tests hold it for up to 700 channels with random values, values
+      over eight orders of magnitude, large offsets, spikes, alternating signs and random values of one sign.
+    - For every input: directly at most ``n u`` of each result's own sum of ``|x| * |weight|``; with transforms at most
+      ``n u`` times 16 (``winograd2`` of 3x3), 61 (``winograd4_stride2`` of 3x3), 15 (``strassen``) or 158 (the others) of the
+      largest ``|x|`` times the largest sum of ``|weight|`` of an output. Equal products, whose roundings all go the same way,
+      come closest, relative to their sum: with 700 channels of 0.1 the error is 9e-6 (1x1), 7e-5 (3x3) and 1.7e-4 (7x7)
+      directly, 1.4e-5 by ``winograd4`` and 3e-5 to 5e-5 by the transforms of stride 2. oneDNN, which torch calls, adds up
+      shorter sums: 8e-7, 2e-5 and 6e-5 there.
+
+    An output of a Winograd tile has an error relative to the largest sum of its tile, not to its own. ``strassen`` also adds
+    inputs of the two pixels of a pair, and weights of a unit's 64 outputs, before it multiplies: its usual error, too, is
+    relative to the largest ``|x|`` times the largest sum of ``|weight|``, also where most inputs meet weights of zero, and
+    infinities and NaN may reach all outputs of the other pixel (at most 27 further on).
+
+    Half types add one rounding of the result: 2**-8 (bfloat16) or 2**-11 (float16) of its size, and 2**-25 in float16, whose
+    smallest values are further apart. A transformed weight that is stored in half, as ``auto`` does for 3x3, is rounded too:
+    with ``winograd2`` of 3x3 that usually adds at most two such roundings of the largest sum of ``|x| * |weight|``.
 
     There is no gradient: an input that requires one is computed by the reference, which has one.
     """

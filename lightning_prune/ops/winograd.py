@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .error_bounds import error_bound
 from .strassen import STRASSEN, strassen_gains, strassen_pays, strassen_shape, strassen_weight
 
 #: stride 2: a tile's code is so much more than the side of its outputs
@@ -54,15 +55,7 @@ def transform_tile(weight: Tensor, groups: int, algorithm: str) -> int:
     shape = tuple(weight.shape)
     fits = shape[2] == shape[3] and weight.dtype != torch.float64 and groups == 1 and not weight.is_cuda
     if algorithm == "auto":
-        if fits and shape[2] == 1 and weight.dtype == torch.float32 and strassen_pays(shape):
-            return STRASSEN
-        if not fits or shape[2] not in (3, 5) or min(shape[0], shape[1]) < AUTO_MIN_CHANNELS:
-            return 0
-        # half storage rounds the transformed weight too, which only the small tile of 3x3 forgives
-        half = weight.dtype in (torch.bfloat16, torch.float16)
-        if shape[2] == 5:
-            return 0 if half else 2
-        return 2 if half else 4
+        algorithm = _auto(shape, weight.dtype in (torch.bfloat16, torch.float16)) if fits else "direct"
     if algorithm in ("direct", "tensor_core"):
         return 0
     tile, kernels = TRANSFORMED[algorithm]
@@ -80,7 +73,27 @@ def transform_tile(weight: Tensor, groups: int, algorithm: str) -> int:
     return tile
 
 
-def algorithm_for(weight_shape: Sequence[int], images: int, height: int, width: int, stride: int = 1) -> str:
+def _auto(weight_shape: Sequence[int], half: bool = False) -> str:
+    """What "auto" packs, for weights of one group on the CPU."""
+    outputs, channels, kernel, across = weight_shape
+    if kernel != across or kernel not in (1, 3, 5):
+        return "direct"
+    if kernel == 1:
+        return "strassen" if not half and strassen_pays(weight_shape) else "direct"
+    # half storage rounds the transformed weight too, which only the small tile of 3x3 forgives
+    if min(outputs, channels) < AUTO_MIN_CHANNELS or (half and kernel == 5):
+        return "direct"
+    return "winograd2" if half or kernel == 5 else "winograd4"
+
+
+def algorithm_for(
+    weight_shape: Sequence[int],
+    images: int,
+    height: int,
+    width: int,
+    stride: int = 1,
+    max_error: float | None = None,
+) -> str:
     """The algorithm to pack a weight with when the output's size is known.
 
     With stride 1 ``auto``, or ``direct`` for a 1x1 of few pixels, or ``winograd2`` where a large weight meets so few 4x4 tiles
@@ -93,26 +106,43 @@ def algorithm_for(weight_shape: Sequence[int], images: int, height: int, width: 
         height: of the output.
         width: of the output.
         stride: 1 or 2, along both dimensions.
+        max_error: only algorithms whose usual error in float32 for this weight is at most this, see
+            :func:`lightning_prune.ops.error_bounds.error_bound`, or ``direct``; 0: ``direct``. None: any.
     """
     outputs, channels, kernel, across = (int(size) for size in weight_shape)
+    if stride == 1 and max_error is not None:
+        fastest = algorithm_for(weight_shape, images, height, width)
+        fastest = _auto(weight_shape) if fastest == "auto" else fastest
+        smaller = ("winograd2",) if fastest == "winograd4" else ()
+        return next(
+            (name for name in (fastest, *smaller) if _within(max_error, weight_shape, name)), "direct"
+        )
     if (kernel, across, stride) == (1, 1, 1):
         return "auto" if strassen_gains(weight_shape, images * height * width) else "direct"
     if stride == 2:
         if kernel != across:
             return "direct"
-        return _strided_algorithm(outputs, channels, kernel, images, height, width)
+        return _strided_algorithm(outputs, channels, kernel, images, height, width, max_error)
     tiles = images * -(-height // 4) * -(-width // 4)
     large = outputs * channels >= FEW_TILES_LARGE_WEIGHT
     return "winograd2" if large and tiles <= 4 and (kernel, across) == (3, 3) else "auto"
 
 
-def _strided_algorithm(outputs: int, channels: int, kernel: int, images: int, height: int, width: int) -> str:
+def _within(max_error: float | None, weight_shape: Sequence[int], algorithm: str) -> bool:
+    return max_error is None or error_bound(weight_shape, algorithm).usual <= max_error
+
+
+def _strided_algorithm(
+    outputs: int, channels: int, kernel: int, images: int, height: int, width: int, max_error: float | None
+) -> str:
     if not _strided_pays(outputs, channels, kernel):
         return "direct"
     before = images * height * width * kernel**2
     found, least = "direct", 0.8 * before
     for name, (tile, kernels) in TRANSFORMED.items():
         if tile < STRIDED or kernel not in kernels:
+            continue
+        if not _within(max_error, (outputs, channels, kernel, kernel), name):
             continue
         side = tile - STRIDED
         tiles = images * -(-height // side) * -(-width // side)

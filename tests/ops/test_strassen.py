@@ -13,6 +13,8 @@ from lightning_prune.nn import CompactConv2d
 from lightning_prune.ops import reference
 from lightning_prune.ops.strassen import strassen_gains, strassen_pays, strassen_units, strassen_weight
 from lightning_prune.ops.winograd import algorithm_for
+from tests.ops.accuracy_cases import KINDS, WEIGHTS, AccuracyCase, check_accuracy, exact
+from tests.ops.accuracy_cases import convolve as convolve_case
 from tests.ops.conv_cases import check_drawn, error
 
 OP = torch.ops.lightning_prune
@@ -149,47 +151,17 @@ def test_seven_products_are_the_product(inputs: int, outputs: int, seed: int) ->
         torch.testing.assert_close(found, given_rows @ weight[: found.shape[1], :, 0, 0].T)
 
 
-def inputs_of(kind: str, channels: int, generator: torch.Generator) -> Tensor:
-    x = torch.randn(1, channels, 14, 14, generator=generator)
-    if kind == "offset":
-        return x + 100
-    if kind == "range":  # eight orders of magnitude between neighbouring values
-        return x * 10 ** (8 * torch.rand(x.shape, generator=generator) - 4)
-    if kind == "pixels":  # the other pixel of a pair is a million times as large
-        return x * 10 ** (6 * torch.rand(1, 1, 14, 14, generator=generator).round())
-    if kind == "channels":  # so is the other half of the inputs
-        return x * 10 ** (6 * (torch.arange(channels) * 2 < channels).float())[:, None, None]
-    if kind == "spikes":
-        return x + 1e4 * (torch.rand(x.shape, generator=generator) < 0.01)
-    if kind == "equal":
-        return torch.ones_like(x)
-    return x.relu() if kind == "relu" else x
-
-
-@pytest.mark.parametrize(
-    "kind", ["normal", "relu", "offset", "range", "pixels", "channels", "spikes", "equal"]
-)
+@pytest.mark.parametrize("kind", [*KINDS, "pixels", "channels"])
 @pytest.mark.parametrize("channels", [3, 64, 700])
 def test_accuracy(kind: str, channels: int) -> None:
-    """The bounds that the docstring of compact_conv2d states."""
-    generator = torch.Generator().manual_seed(channels)
-    x = inputs_of(kind, channels, generator)
-    for weight_kind in ("normal", "range", "half zero", "opposite", "aligned"):
-        weight = torch.randn(128, channels, 1, 1, generator=generator)
-        if weight_kind == "range":
-            weight *= 10 ** (8 * torch.rand(weight.shape, generator=generator) - 4)
-        elif weight_kind == "half zero":  # of the inputs that "channels" makes large
-            weight[:, : channels // 2] = 0
-        elif weight_kind == "opposite":  # in the two halves of a unit
-            weight[32:64] = -weight[:32]
-        elif weight_kind == "aligned":
-            weight = weight.abs()
-        exact = torch.einsum("nchw,oc->nohw", x.double(), weight[:, :, 0, 0].double())
-        worst = float((convolve(x, weight, "strassen").double() - exact).abs().max())
-        scale = channels * float(x.abs().max()) * float(weight.abs().max())
-        assert worst < 1e-6 * scale, (weight_kind, worst / scale)
-        if (kind, weight_kind) in (("normal", "normal"), ("relu", "normal")):
-            direct = float((convolve(x, weight, "direct").double() - exact).abs().max())
+    for weights in WEIGHTS.get(kind, ("normal", "range", "half zero", "opposite", "positive")):
+        case = AccuracyCase(kind, weights, channels, 128, 1)
+        check_accuracy(case, "strassen")
+        if kind in ("normal", "relu") and weights == "normal":
+            worst, direct = (
+                float((convolve_case(case, name).double() - exact(case)[0]).abs().max())
+                for name in ("strassen", "direct")
+            )
             assert worst < 6 * direct
 
 

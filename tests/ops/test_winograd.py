@@ -16,16 +16,25 @@ from lightning_prune import ops
 from lightning_prune.nn import CompactConv2d
 from lightning_prune.ops import reference
 from lightning_prune.ops.winograd import algorithm_for, transform_matrix, transform_weight
+from tests.ops.accuracy_cases import (
+    KINDS,
+    WEIGHTS,
+    AccuracyCase,
+    check_accuracy,
+    only_direct,
+    only_transform,
+)
 from tests.ops.conv_cases import check_drawn, error
 
 OP = torch.ops.lightning_prune
 CHANNELS = st.sampled_from([1, 2, 3, 8, 13, 16, 17, 29, 31, 32, 33, 37, 48, 50, 64, 90])
 ALGORITHMS = ("direct", "winograd2", "winograd4")
+CASES = [("winograd2", 3), ("winograd4", 3), ("winograd2", 5)]
 
 
 @given(
     data=st.data(),
-    algorithm=st.sampled_from([("winograd2", 3), ("winograd4", 3), ("winograd2", 5)]),
+    algorithm=st.sampled_from(CASES),
     dilation=st.tuples(st.sampled_from([1, 1, 2, 3]), st.sampled_from([1, 1, 2, 3])),
     batch=st.sampled_from([0, 1, 2, 5]),
     inputs=CHANNELS,
@@ -50,7 +59,7 @@ def test_matches_the_reference(
     check_drawn(data, algorithm, batch, inputs, outputs, size, 1, padding, dilation)
 
 
-@pytest.mark.parametrize(("algorithm", "kernel"), [("winograd2", 3), ("winograd4", 3), ("winograd2", 5)])
+@pytest.mark.parametrize(("algorithm", "kernel"), CASES)
 def test_packed_is_the_direct_layout_and_the_transform(algorithm: str, kernel: int) -> None:
     weight = torch.randn(21, 13, kernel, kernel)
     packed = ops.pack_conv2d_weight(weight, 1, algorithm)
@@ -84,55 +93,52 @@ def test_half_storage(target: torch.device) -> None:
         assert torch.equal(packed, ops.pack_conv2d_weight(weight, 1, "winograd2"))
 
 
-def relative_errors(x: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:
-    """Largest error over the largest sum of |products|, the scale at which rounding happens."""
-    kernel = weight.shape[-1]
-    pad = kernel // 2
-    exact = F.conv2d(x.double(), weight.double(), padding=pad)
-    scale = F.conv2d(x.double().abs(), weight.double().abs(), padding=pad).max()
-    shape = list(weight.shape)
-    x = x.to(memory_format=torch.channels_last)
-    errors = {}
-    for algorithm in ALGORITHMS[: 3 if kernel == 3 else 2]:
-        packed = ops.pack_conv2d_weight(weight, 1, algorithm)
-        y = ops.compact_conv2d(x, packed, None, None, None, None, shape, 1, pad)
-        errors[algorithm] = float((y.double() - exact).abs().max() / scale)
-    return errors
-
-
-def inputs_of(kind: str, channels: int, generator: torch.Generator) -> torch.Tensor:
-    x = torch.randn(1, channels, 14, 14, generator=generator)
-    if kind == "offset":
-        return x + 100
-    if kind == "range":  # eight orders of magnitude between neighbouring values
-        return x * 10 ** (8 * torch.rand(x.shape, generator=generator) - 4)
-    if kind == "spikes":
-        return x + 1e4 * (torch.rand(x.shape, generator=generator) < 0.01)
-    if kind == "alternating":  # the sign pattern that the transforms amplify most
-        return torch.ones_like(x) * (torch.arange(14) % 2 * 2 - 1) * (torch.arange(14)[:, None] % 2 * 2 - 1)
-    return x.relu() if kind == "relu" else x
-
-
-# The bounds that the docstring of compact_conv2d states.
-BOUND = {
-    3: {"direct": 5e-6, "winograd2": 2.5e-6, "winograd4": 5e-6},
-    5: {"direct": 6e-6, "winograd2": 5e-6},
-}
-
-
-@pytest.mark.parametrize("kind", ["normal", "relu", "offset", "range", "spikes", "alternating"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("channels", [3, 64, 700])
 def test_accuracy(target: torch.device, kind: str, channels: int) -> None:
     if target.type == "cuda":
         pytest.skip("Winograd weights are packed on the CPU")
-    generator = torch.Generator().manual_seed(channels)
-    x = inputs_of(kind, channels, generator)
-    for weight_kind, kernel in (("normal", 3), ("alternating", 3), ("normal", 5), ("alternating", 5)):
-        weight = torch.randn(24, channels, kernel, kernel, generator=generator)
-        if weight_kind == "alternating":
-            weight = weight.abs() * (torch.arange(kernel**2).view(kernel, kernel) % 2 * 2 - 1)
-        for algorithm, value in relative_errors(x, weight).items():
-            assert value < BOUND[kernel][algorithm], (algorithm, kind, weight_kind, kernel, value)
+    for algorithm, kernel in CASES:
+        for weights in WEIGHTS.get(kind, ("normal", "alternating")):
+            check_accuracy(AccuracyCase(kind, weights, channels, 24, kernel), algorithm)
+
+
+@pytest.mark.parametrize(("algorithm", "kernel"), CASES)
+def test_it_is_taken(target: torch.device, algorithm: str, kernel: int) -> None:
+    """A result is a number only if the other part of the packed weight was not read."""
+    if target.type == "cuda":
+        pytest.skip("Winograd weights are packed on the CPU")
+    weight = torch.randn(20, 18, kernel, kernel)
+    packed, shape = ops.pack_conv2d_weight(weight, 1, algorithm), list(weight.shape)
+    transform, direct = only_transform(packed, weight.shape), only_direct(packed, weight.shape)
+    pad, x = kernel // 2, torch.randn(1, 18, 12, 12)
+    index = torch.randperm(18)
+    for last in (False, True):
+        maps = x.to(memory_format=torch.channels_last) if last else x
+        for reads, dtype, dilation in (
+            (None, torch.float32, 1),
+            (index, torch.float32, 1),
+            (None, torch.bfloat16, 1),
+            (None, torch.float32, 2),
+        ):
+            given = (None, None, reads, None, shape, 1, pad * dilation, dilation)
+            assert ops.compact_conv2d(maps.to(dtype), transform, *given).isfinite().all()
+            assert ops.compact_conv2d(maps.to(dtype), direct, *given).isnan().any()
+    # other strides, tiles that would be mostly padding, fewer than four tiles, float64
+    few = x[:, :, :2, :2]
+    for maps, stride, padding, dilation in (
+        (x, 2, pad, 1),
+        (x, (2, 1), pad, 1),
+        (few, 1, pad, 1),
+        (x[:, :, :7, :7], 1, 7 * pad, 7),
+    ):
+        given = (None, None, None, None, shape, stride, padding, dilation)
+        assert ops.compact_conv2d(maps, direct, *given).isfinite().all()
+    assert (
+        ops.compact_conv2d(x.double(), direct.double(), None, None, None, None, shape, 1, pad)
+        .isfinite()
+        .all()
+    )
 
 
 def test_special_values_stay_in_reach() -> None:

@@ -20,8 +20,15 @@ from lightning_prune.ops.winograd import (
     transform_weight,
     winograd_products,
 )
+from tests.ops.accuracy_cases import (
+    KINDS,
+    WEIGHTS,
+    AccuracyCase,
+    check_accuracy,
+    only_direct,
+    only_transform,
+)
 from tests.ops.conv_cases import check_drawn, error
-from tests.ops.test_winograd import inputs_of
 
 OP = torch.ops.lightning_prune
 CASES = [
@@ -80,26 +87,36 @@ def test_packed_is_the_direct_layout_and_the_transform(algorithm: str, kernel: i
     assert transformed.numel() == 21 * channels * winograd_products(kernel, channels, tile)
 
 
-# The bounds that the docstring of compact_conv2d states.
-BOUND = {"winograd3_stride2": 5e-6, "winograd4_stride2": 5e-6, "winograd5_stride2": 1e-5}
-
-
-@pytest.mark.parametrize("kind", ["normal", "relu", "offset", "range", "spikes", "alternating"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("channels", [3, 64, 700])
 def test_accuracy(kind: str, channels: int) -> None:
-    generator = torch.Generator().manual_seed(channels)
-    small = inputs_of(kind, channels, generator)
-    x = small.repeat(1, 1, 3, 3).to(memory_format=torch.channels_last)
-    for name, kernel in CASES:
-        pattern = torch.arange(kernel**2).view(kernel, kernel) % 2 * 2 - 1
-        # alternating along all taps, and along those of one phase
-        for signs in (None, pattern, pattern[:, :1].repeat_interleave(2, 0)[:kernel]):
-            weight = torch.randn(24, channels, kernel, kernel, generator=generator)
-            weight = weight if signs is None else weight.abs() * signs
-            exact = F.conv2d(x.double(), weight.double(), stride=2, padding=1)
-            scale = F.conv2d(x.double().abs(), weight.double().abs(), stride=2, padding=1).max()
-            value = float((strided(x, weight, name, 1).double() - exact).abs().max() / scale)
-            assert value < BOUND[name], (name, kernel, kind, value)
+    for algorithm, kernel in CASES:
+        size = 62 if algorithm == "winograd5_stride2" else 42
+        for weights in WEIGHTS.get(kind, ("normal", "alternating", "phases")):
+            check_accuracy(AccuracyCase(kind, weights, channels, 16, kernel, 2, size), algorithm)
+
+
+@pytest.mark.parametrize(("algorithm", "kernel"), CASES)
+@pytest.mark.parametrize("channels", [3, 18])
+def test_it_is_taken(algorithm: str, kernel: int, channels: int) -> None:
+    """A result is a number only if the other part of the packed weight was not read."""
+    weight = torch.randn(20, channels, kernel, kernel)
+    packed, shape = ops.pack_conv2d_weight(weight, 1, algorithm), list(weight.shape)
+    transform, direct = only_transform(packed, weight.shape), only_direct(packed, weight.shape)
+    x, pad, index = torch.randn(1, channels, 60, 60), kernel // 2, torch.randperm(channels)
+    for last in (False, True):
+        maps = x.to(memory_format=torch.channels_last) if last else x
+        for reads, dtype in ((None, torch.float32), (index, torch.float32), (None, torch.bfloat16)):
+            given = (None, None, reads, None, shape, 2, pad)
+            assert ops.compact_conv2d(maps.to(dtype), transform, *given).isfinite().all()
+            assert ops.compact_conv2d(maps.to(dtype), direct, *given).isnan().any()
+    # few tiles, other strides, dilation, float64
+    few = x[:, :, :9, :9]
+    for maps, stride, dilation in ((few, 2, 1), (x, 1, 1), (x, (2, 1), 1), (x, 2, 2)):
+        given = (None, None, None, None, shape, stride, pad * dilation, dilation)
+        assert ops.compact_conv2d(maps, direct, *given).isfinite().all()
+    given = (None, None, None, None, shape, 2, pad)
+    assert ops.compact_conv2d(x.double(), direct.double(), *given).isfinite().all()
 
 
 @pytest.mark.parametrize(("algorithm", "kernel"), CASES)
