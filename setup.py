@@ -4,6 +4,8 @@ Environment variables:
     LIGHTNING_PRUNE_PURE=1       install without the extension, on purpose
     LIGHTNING_PRUNE_FORCE_EXT=1  a missing or failing compiler is fatal instead of a loud pure-Python install
     LIGHTNING_PRUNE_CUDA=0       leave the CUDA kernels out although torch and nvcc could build them
+    LIGHTNING_PRUNE_CUDA_ARCHS   only these of CUDA_ARCHS below or other ones, as nvcc spells them: sm_90a, or sm_80,compute_90
+    LIGHTNING_PRUNE_FAST_CPU_BUILD=1  portable CPU kernels only and without optimisation: for sessions that time a GPU
     MAX_JOBS                     parallel compiler jobs
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +29,9 @@ CSRC = ROOT / "csrc"
 STABLE_ABI_TARGET = (
     "0x020B000000000000"  # torch 2.11, the oldest supported; the library then runs on newer ones
 )
-CUDA_ARCHS = ["compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_90,code=compute_90"]
+CUDA_ARCHS = ["sm_80", "sm_90a", "compute_90"]  # compute_*: as PTX, for what comes later
+#: from so many cores on nvcc compiles for several architectures at once; there are about ten sources
+MANY_CORES = 16
 # GCC's generic tuning keeps addresses in vector registers and, for want of these, weights on the stack: tiles of 8 to 12
 # pixels took up to twice as long.
 X86_LEVELS = {
@@ -48,6 +53,16 @@ def flag(name: str) -> bool:
 
 def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+
+
+def cuda_archs() -> list[str]:
+    wanted = os.environ.get("LIGHTNING_PRUNE_CUDA_ARCHS", "").replace(",", " ").split()
+    wrong = [arch for arch in wanted if not re.fullmatch(r"(sm|compute)_\d+[af]?", arch)]
+    if wrong:
+        raise SystemExit(
+            f"LIGHTNING_PRUNE_CUDA_ARCHS must name architectures like sm_90a or compute_90; got {', '.join(wrong)}"
+        )
+    return wanted or CUDA_ARCHS
 
 
 def find_cuda(torch) -> str | None:
@@ -111,7 +126,8 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
 
     torch_dir = Path(torch.__file__).parent
     nvcc = find_cuda(torch)
-    x86 = platform.machine() in ("x86_64", "AMD64")
+    fast = flag("LIGHTNING_PRUNE_FAST_CPU_BUILD")
+    x86 = platform.machine() in ("x86_64", "AMD64") and not fast
     defines = f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}" + (" -DLP_HAVE_X86_LEVELS" if x86 else "")
     torch_flags = f"-isystem {quote(f'{torch_dir}/include')} -I{quote(f'{CSRC}/include')} -I{quote(f'{CSRC}/kernels/cpu')}"
     cuda_flag = " -DUSE_CUDA" if nvcc else ""
@@ -120,8 +136,8 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
         f'-DLP_CPU_LEVELS=\\"{"portable,avx2,avx512" if x86 else "portable"}\\"',
     ]
     if nvcc:
-        archs = ",".join(arch.split("code=")[1] for arch in CUDA_ARCHS)
-        info += [f'-DLP_CUDA_VERSION=\\"{torch.version.cuda}\\"', f'-DLP_CUDA_ARCHS=\\"{archs}\\"']
+        archs = cuda_archs()
+        info += [f'-DLP_CUDA_VERSION=\\"{torch.version.cuda}\\"', f'-DLP_CUDA_ARCHS=\\"{",".join(archs)}\\"']
 
     ninja = NinjaFile(build_dir)
     ninja.rule(
@@ -135,8 +151,10 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
     ninja.rule("link", f"{link} $in -o $out $libraries", deps=False)
     ninja.rule("link_python", f"{compiler()} -shared $in -o $out $libraries", deps=False)
 
+    # At -O1 the templates of one object take as long as at -O3: minutes.
+    plain = "-O0 -Wno-psabi" if fast else ""
     kernels = [
-        ninja.compile("cxx", CSRC / "kernels/cpu" / f"{name}.cpp")
+        ninja.compile("cxx", CSRC / "kernels/cpu" / f"{name}.cpp", plain)
         for name in ("conv_portable", "dispatch", "masked_conv2d", "compact_conv2d", "segment")
     ]
     level = ninja.compile("cxx", CSRC / "kernels/cpu/cpu_level.cpp")
@@ -151,10 +169,12 @@ def write_ninja(build_dir: Path, outputs: dict[str, str]) -> NinjaFile:
     ]
     libraries = f"-L{quote(f'{torch_dir}/lib')} -ltorch_cpu -ltorch -lc10"
     if nvcc:
-        archs = " ".join(f"-gencode=arch={arch}" for arch in CUDA_ARCHS)
+        targets = [f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}" for arch in archs]
+        threads = ["-t 0"] if len(archs) > 1 and (os.cpu_count() or 1) >= MANY_CORES else []
         ninja.rule(
             "nvcc",
-            f"{nvcc} -MD -MF $out.d -O3 -Xcompiler -fPIC,-fvisibility=hidden {archs} $extra -c $in -o $out",
+            f"{nvcc} -MD -MF $out.d -O3 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(targets + threads)} "
+            "$extra -c $in -o $out",
             deps=True,
         )
         kernels += [ninja.compile("nvcc", source) for source in sorted((CSRC / "kernels/cuda").glob("*.cu"))]
@@ -175,7 +195,8 @@ class NinjaBuildExt(build_ext):
         import torch
 
         tag = f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}".replace("+", "-")
-        build_dir = ROOT / "build" / f"ext-{tag}"
+        # Apart, so that neither build makes the other's objects out of date.
+        build_dir = ROOT / "build" / f"ext-{tag}{'-fast' if flag('LIGHTNING_PRUNE_FAST_CPU_BUILD') else ''}"
         outputs = {
             ext.name.rpartition(".")[2]: os.path.basename(self.get_ext_fullpath(ext.name))
             for ext in self.extensions

@@ -133,6 +133,38 @@ def run_setup(
     )
 
 
+def ninja_file(**environment: str) -> subprocess.CompletedProcess[str]:
+    """What the build would run with an nvcc, without running it."""
+    code = (
+        "import sys, runpy; from pathlib import Path; sys.argv = ['setup.py', '--version']; "
+        "write = runpy.run_path('setup.py')['write_ninja']; write.__globals__['find_cuda'] = lambda torch: 'nvcc'; "
+        "print('\\n'.join(write(Path('none'), {'_C': 'c.so', '_build_info': 'b.so'}).lines))"
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("LIGHTNING_PRUNE_")}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**plain, **environment}, timeout=120
+    )  # fmt: skip
+
+
+@needs_checkout
+def test_a_build_for_a_session_with_one_gpu() -> None:
+    full = ninja_file().stdout
+    assert "code=sm_80 -gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_90,code=compute_90" in full
+    assert '-DLP_CUDA_ARCHS=\\"sm_80,sm_90a,compute_90\\"' in full
+    assert "-O0" not in full
+    fast = ninja_file(LIGHTNING_PRUNE_FAST_CPU_BUILD="1", LIGHTNING_PRUNE_CUDA_ARCHS="sm_90a").stdout
+    assert fast.count("-gencode") == 1
+    assert "-gencode=arch=compute_90a,code=sm_90a" in fast
+    assert "kernels_cpu_conv_portable.o" in fast
+    assert not any(word in fast for word in ("conv_avx", "LP_HAVE_X86_LEVELS", "portable,avx2", "sm_80"))
+    extra = fast.split("build kernels_cpu_conv_portable.o")[1].splitlines()[1]
+    assert extra.split()[:3] == ["extra", "=", "-O0"]
+    wrong = ninja_file(LIGHTNING_PRUNE_CUDA_ARCHS="sm_90a,9.0")
+    assert wrong.returncode != 0
+    assert "must name architectures like sm_90a or compute_90; got 9.0" in wrong.stderr
+
+
 @needs_checkout
 def test_without_a_compiler_the_install_is_pure_python_and_loud() -> None:
     missing = {"CXX": "no-such-compiler", "PATH": str(Path(sys.executable).parent)}
