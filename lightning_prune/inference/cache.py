@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ FORMAT = 1
 _CAPS = ("LIGHTNING_PRUNE_CPU_LEVEL", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 #: those that choose kernels on a GPU
 _CUDA_CHOICES = ("LIGHTNING_PRUNE_CUDA_GROUPS", "LIGHTNING_PRUNE_CUDA_TILE")
+_DRIVER = Path("/proc/driver/nvidia/version")
 _OFF = ("", "0", "off", "none")
 
 
@@ -51,6 +53,19 @@ def _library() -> str:
     return "none" if path is None else hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
 
 
+@functools.cache
+def _driver() -> str | None:
+    """Version of the GPU's driver, or of the CUDA it brings; None where neither is known."""
+    try:
+        named = re.search(r"\b\d+(\.\d+)+\b", _DRIVER.read_text().splitlines()[0])
+        if named:
+            return named[0]
+    except (OSError, IndexError, UnicodeDecodeError):
+        pass
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return None if ask is None else f"CUDA {ask()}"
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """All that a measurement depends on beside the layer: processor, versions, kernels, threads."""
     facts: dict[str, Any] = {"format": FORMAT, "torch": torch.__version__, "extension": _library()}
@@ -59,6 +74,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             **facts,
             "device": torch.cuda.get_device_name(device),
             "cudnn": torch.backends.cudnn.version(),
+            "driver": _driver(),
             "tf32": tf32_allowed(),
             "choices": _set(_CUDA_CHOICES),
         }

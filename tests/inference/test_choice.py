@@ -161,6 +161,30 @@ def test_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.M
     assert disk.cache_folder() == tmp_path / "me" / ".cache" / "lightning-prune"
 
 
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC version:  gcc 12.3.0\n", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95  Release Build\n", "580.95"),
+        ("", "CUDA 13000"),
+        (None, "CUDA 13000"),
+    ],
+)  # fmt: skip
+def test_another_driver_is_another_environment(
+    text: str | None, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(disk, "_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    disk._driver.cache_clear()
+    try:
+        assert disk.environment(torch.device("cuda"))["driver"] == version
+    finally:
+        disk._driver.cache_clear()
+
+
 def test_ours_must_win_by_three_percent(measured: list[ConvSite]) -> None:
     assert choice.fastest_kind(site(), torch.float32, CPU, "contiguous") == "own"  # 3.0 against 4.0
     assert choice.fastest_kind(site(), torch.float32, CPU, "channels_last") == "vendor"  # 1.96 against 2.0
