@@ -1,8 +1,9 @@
 """One layer after pruning to an odd width: what does the width cost, and how much of that does padding alone recover?
 
 Candidates: torch's convolution with folded norm in channels_last (``vendor``), the same padded to multiples of 8
-(``vendor_padded``), the unpruned layer (``dense``), and this package's kernel (``own``). Times are of graph replays over
-buffers larger than the L2 cache; ``--eager`` adds calls from Python.
+(``vendor_padded``) and as one call of cuDNN (``vendor_fused``), the unpruned layer (``dense``), this package's kernel (``own``)
+and that with tiles of warp groups (``own_groups``). Times are of graph replays over buffers larger than the L2 cache;
+``--eager`` adds calls from Python.
 
     python -m benchmarks.gpu.layers                    # in the order of importance, to benchmarks/results/gpu
     python -m benchmarks.gpu.layers --quick --seconds 100
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import ceilings, shapes
-from benchmarks.gpu.peers import candidates, convolution, exact, relative_error
+from benchmarks.gpu.peers import candidates, convolution, exact, kernels_run, relative_error
 from benchmarks.gpu.record import Record, arguments, time_left
 from benchmarks.gpu.timing import Loop, cache_bytes, interleaved, warm_up
 
@@ -32,13 +33,15 @@ def measure(
     floor = shapes.floor_seconds(layer, rate, rates["copy"], dtype.itemsize)
     row: dict[str, Any] = {**layer.as_row(), "dtype": str(dtype), **floor, "candidates": {}, "failed": {}}
     loops: dict[str, Loop] = {}
+    if not any(form.name == "own" for form in forms):
+        row["failed"]["own"] = str(kernels_run(device, dtype).reason)
     for form in forms:
         try:
             if form.name != "dense":
                 row["candidates"][form.name] = {"error": relative_error(layer, form, reference)}
-            loops[form.name] = Loop(form.call, form.arguments)
-            if eager:
-                loops[f"{form.name}/eager"] = Loop(form.call, form.arguments, graph=False)
+            loops[form.name] = form.loop()
+            if eager and not form.variables:
+                loops[f"{form.name}/eager"] = form.loop(graph=False)
         except RuntimeError as failure:  # noqa: PERF203
             row["failed"][form.name] = str(failure)[:500]
             if "CUDA error" in str(failure):

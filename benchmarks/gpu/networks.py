@@ -1,7 +1,9 @@
 """Whole networks pruned to a share of their MACs: what does `optimize_for_inference` gain over torch, padded widths, dense?
 
 Random weights, random images, bfloat16, channels_last, one CUDA graph per candidate. Widths are chosen by this package's
-own pruning, once freely (``odd``) and once in multiples of 8 (``rounded``).
+own pruning, once freely (``odd``) and once in multiples of 8 (``rounded``). A name alone means folded norms on torch's
+kernels, ``/padded`` these at multiples of 8 channels, ``/own`` ours everywhere, ``/own_groups`` that with tiles of warp groups,
+and ``/optimized`` what `optimize_for_inference` chooses. The file is rewritten after every candidate.
 
     python -m benchmarks.gpu.networks [--quick] [--device cpu] [--only resnet50]
 """
@@ -9,26 +11,31 @@ own pruning, once freely (``odd``) and once in multiples of 8 (``rounded``).
 from __future__ import annotations
 
 import copy
-import os
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.peers import LAST
-from benchmarks.gpu.record import Record, arguments, time_left
+from benchmarks.gpu.peers import GROUPS, LAST, kernels_run, warp_groups
+from benchmarks.gpu.record import Record, arguments, time_left, variables
 from benchmarks.gpu.timing import Loop, interleaved, warm_up
 from lightning_prune import optimize_for_inference, prune_channels
+from lightning_prune.inference.optimize import OptimizedModule
+from lightning_prune.inference.sites import FoldedConv2d
+from lightning_prune.inference.symbolic import SymbolicBlueprint
+from lightning_prune.inputs import to_model
 from lightning_prune.profiling import profile
 
 #: (timm name, share of the MACs, batch), most wanted first
 CASES = [
     (name, share, batch)
-    for share, batch in ((0.5, 32), (0.5, 1), (0.25, 32), (0.25, 1), (0.5, 256))
-    for name in ("resnet50", "mobilenetv2_100", "resnet18", "vgg16_bn")
+    for share, batch in ((0.5, 1), (0.5, 32), (0.25, 1), (0.25, 32), (0.5, 256))
+    for name in ("resnet18", "resnet50", "mobilenetv2_100", "vgg16_bn")
 ]
+#: seconds below which no candidate is begun
+LEAST = 8.0
 
 
 class Toy(nn.Module):
@@ -61,16 +68,24 @@ def dense_network(name: str) -> nn.Module:
     return timm.create_model(name, pretrained=False).eval()  # type: ignore[no-any-return]
 
 
-def folded_network(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
-    """The network with folded norms on torch's kernels: what a careful user of torch would run."""
-    before = os.environ.get("LIGHTNING_PRUNE_BACKEND")
-    os.environ["LIGHTNING_PRUNE_BACKEND"] = "vendor"
-    try:
-        return optimize_for_inference(model, example, dtype=dtype, cuda_graph=False)
-    finally:
-        os.environ.pop("LIGHTNING_PRUNE_BACKEND")
-        if before is not None:
-            os.environ["LIGHTNING_PRUNE_BACKEND"] = before
+def with_kernels(model: nn.Module, example: Tensor, kind: str, dtype: torch.dtype) -> nn.Module:
+    """The folded network with every convolution of one kind: ``vendor``, ``padded`` to multiples of 8, or ``own``.
+
+    Nothing is measured for it, and convolutions that have no such form are the vendor's.
+    """
+    blueprint = SymbolicBlueprint(copy.deepcopy(model).eval(), to_model(example, model))
+    modules = [getattr(site, kind)() or site.vendor() for site in blueprint.sites]
+    layers = {
+        site.name: kind if type(module) is not FoldedConv2d else "vendor"
+        for site, module in zip(blueprint.sites, modules, strict=True)
+    }
+    network = blueprint.build(modules).to(dtype).to(memory_format=LAST)  # type: ignore[call-overload]
+    return OptimizedModule(network, "channels_last", dtype, layers)
+
+
+def optimized(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
+    """What `optimize_for_inference` chooses, by graph replays; without its graph, since the copy is captured once more."""
+    return copy.deepcopy(optimize_for_inference(model, example, dtype=dtype))
 
 
 def relative_error(exact: Tensor, found: Tensor) -> float:
@@ -96,54 +111,86 @@ def variants(name: str, share: float, size: int) -> dict[str, nn.Module]:
     return found
 
 
+def plan(ours: bool, groups: bool) -> list[tuple[str, str, str]]:
+    """Candidate, network and how it runs, most wanted first."""
+    found = [("odd", "odd", "vendor")]
+    found += [("odd/optimized", "odd", "optimized"), ("odd/own", "odd", "own")] if ours else []
+    found += [("odd/own_groups", "odd", "own")] if ours and groups else []
+    found += [("odd/padded", "odd", "padded"), ("rounded", "rounded", "vendor"), ("dense", "dense", "vendor")]
+    found += [("rounded/optimized", "rounded", "optimized")] if ours else []
+    return found + ([("dense/optimized", "dense", "optimized")] if ours else [])
+
+
+def exact_outputs(network: nn.Module, images: Tensor) -> Tensor:
+    """In float64; one call, so nothing is tried for it."""
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False):
+        return copy.deepcopy(network).double()(images.double())  # type: ignore[no-any-return]
+
+
 def measure(
-    name: str, share: float, batch: int, device: str, size: int, quick: bool, dtype: torch.dtype
+    case: tuple[str, float, int],
+    networks: dict[str, nn.Module],
+    device: str,
+    size: int,
+    quick: bool,
+    dtype: torch.dtype,
+    record: Record,
 ) -> dict[str, Any]:
-    """Row of one case: candidate -> times, error against float64, MACs."""
-    started = time.monotonic()
-    networks = variants(name, share, size)
-    row: dict[str, Any] = {"network": name, "share": share, "batch": batch, "size": size, "dtype": str(dtype)}
-    row |= {"pruning_seconds": time.monotonic() - started, "candidates": {}, "failed": {}, "layers": {}}
+    """Row of one case: candidate -> times, error against float64; written after every candidate.
+
+    A candidate is first timed in turns with ``odd``, in the end all of them together (``interleaved``).
+    """
+    name, share, batch = case
+    row = record.add(
+        network=name, share=share, batch=batch, size=size, dtype=str(dtype), candidates={}, failed={}, layers={},
+        interleaved=False, complete=False,
+    )  # fmt: skip
     for label, network in networks.items():
-        row[f"macs_{label}"] = profile(network, torch.randn(1, 3, size, size)).macs
+        row[f"macs_{label}"] = profile(copy.deepcopy(network).cpu(), torch.randn(1, 3, size, size)).macs
     images = [torch.randn(batch, 3, size, size, device=device).to(dtype) for _ in range(2)]
     # Weights and maps of a network exceed the cache by themselves from small batches on.
     images = [image.contiguous(memory_format=LAST) for image in images]
     example = images[0].float()  # of the model's own dtype
     exact: dict[str, Tensor] = {}
-    calls: dict[str, Callable[[], nn.Module]] = {}
-    for label, network in networks.items():
-        on_device = network.to(device)
-        with torch.no_grad():
-            exact[label] = copy.deepcopy(on_device).double()(images[0][:2].double())
-        calls[label] = lambda net=on_device: folded_network(net, example, dtype)
-        calls[f"{label}/optimized"] = lambda net=on_device: optimize_for_inference(
-            net, example, dtype=dtype, cuda_graph=False
-        )
     loops: dict[str, Loop] = {}
-    for label, make in calls.items():
-        if label == "dense/optimized" and quick:
-            continue
+
+    def time_together(names: list[str], **settings: Any) -> None:
+        for label, t in interleaved({n: loops[n].sample for n in names}, **settings).items():
+            row["candidates"][label] |= t.as_row()
+
+    wanted = plan(kernels_run(device, dtype).ok, warp_groups(device, dtype))
+    for label, origin, kind in wanted[: 5 if quick and device == "cuda" else None]:
+        if loops and time_left() < LEAST:
+            break
         try:
             started = time.monotonic()
-            network = make()
-            with torch.no_grad():
-                found = network(images[0])[:2]
+            network = networks[origin].to(device)
+            if origin not in exact:
+                exact[origin] = exact_outputs(network, images[0][:2])
+            make = optimized if kind == "optimized" else partial(with_kernels, kind=kind)
+            ready = make(network, example, dtype=dtype)
+            with torch.no_grad(), variables(**({GROUPS: "1"} if label.endswith("_groups") else {})):
+                found = ready(images[0])[:2]
+                loops[label] = Loop(ready, [(image,) for image in images])
+            row["layers"][label] = getattr(ready, "layers", {})
             row["candidates"][label] = {
-                "error": relative_error(exact[label.split("/")[0]], found),
+                "error": relative_error(exact[origin], found),
                 "preparation_seconds": time.monotonic() - started,
             }
-            row["layers"][label] = getattr(network, "layers", {})
-            loops[label] = Loop(network, [(image,) for image in images])
-        except RuntimeError as failure:
-            row["failed"][label] = str(failure)[:500]
+            time_together(list(dict.fromkeys((next(iter(loops)), label))), samples=5, min_seconds=0.01)
+        except Exception as failure:
+            loops.pop(label, None)
+            row["failed"][label] = f"{type(failure).__name__}: {failure}"[:500]
             if "CUDA error" in str(failure):
-                raise
-    timed = interleaved(
-        {n: loop.sample for n, loop in loops.items()}, samples=5 if quick else 10, min_seconds=0.03
-    )
-    for label, t in timed.items():
-        row["candidates"][label] |= t.as_row()
+                record.save()
+                raise  # nothing after it can be trusted
+        record.save()
+    else:
+        row["complete"] = True
+    if loops:
+        time_together(list(loops), samples=5 if quick else 10, min_seconds=0.03)
+        row["interleaved"] = True
+    record.save()
     return row
 
 
@@ -169,12 +216,20 @@ def main() -> None:
     cases = [case for case in cases if not given.only or case[0] in given.only]
     warm_up(given.device)
     record = Record(given.out, "networks", given.device)
+    size = 16 if cpu else 224
+    known: dict[tuple[str, float], dict[str, nn.Module]] = {}
     for name, share, batch in cases:
-        if time_left() < 15:
+        if time_left() < LEAST:
             print("out of time; what is measured is in the file")
             return
         try:
-            row = measure(name, share, batch, given.device, 16 if cpu else 224, given.quick, dtype)
+            if (name, share) not in known:
+                started = time.monotonic()
+                known[name, share] = variants(name, share, size)
+                print(f"{name} {share:.0%}: pruned in {time.monotonic() - started:.1f} s", flush=True)
+            row = measure(
+                (name, share, batch), known[name, share], given.device, size, given.quick, dtype, record
+            )
         except Exception as failure:
             record.add(
                 network=name,
@@ -186,7 +241,6 @@ def main() -> None:
             if "CUDA error" in str(failure):
                 raise
             continue
-        record.add(**row)
         print(line(row), flush=True)
     record.finish()
 

@@ -1,20 +1,28 @@
-"""The candidates for one layer: torch's convolution at the layer's width, padded to 8, at the dense width, and ours."""
+"""The candidates for one layer.
+
+``vendor``: torch's convolution at the layer's width, ``vendor_padded`` at multiples of 8, ``vendor_fused`` that as one call of
+cuDNN with bias, sum and ReLU, ``dense`` at the width before pruning; ``own``: ours, ``own_groups`` with tiles of warp groups.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu.record import variables
 from benchmarks.gpu.shapes import Layer, padded
-from benchmarks.gpu.timing import buffers_needed
+from benchmarks.gpu.timing import Loop, buffers_needed
 from lightning_prune.inference.sites import FoldedConv2d
 from lightning_prune.nn import CompactConv2d
+from lightning_prune.ops.availability import CanRun, can_run_compact_conv2d
 
 LAST = torch.channels_last
+#: lets our convolution choose tiles of warp groups; read on every call
+GROUPS = "LIGHTNING_PRUNE_CUDA_GROUPS"
 
 
 @dataclass
@@ -25,6 +33,46 @@ class Candidate:
     call: Callable[..., Tensor]
     arguments: list[tuple[Tensor, ...]]
     outputs: int
+    #: variables that are set while it is called or captured
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def loop(self, graph: bool = True) -> Loop:
+        """To be timed; a captured call keeps what the variables made of it."""
+        with variables(**self.variables):
+            return Loop(self.call, self.arguments, graph)
+
+
+class FusedVendor(nn.Module):
+    """Convolution, bias, sum and ReLU as one call of cuDNN."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv.to(memory_format=LAST)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``relu(conv(x) + residual)``."""
+        conv = self.conv
+        place = (conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, conv.weight, *place)
+        return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, *place)
+
+    @staticmethod
+    def exists(device: str) -> bool:
+        """Whether this torch and this device have it."""
+        return device == "cuda" and all(
+            hasattr(torch, f"cudnn_convolution_{n}") for n in ("relu", "add_relu")
+        )
+
+
+def warp_groups(device: str, dtype: torch.dtype) -> bool:
+    """Whether there are kernels with products of warp groups: 16-bit types on sm_90."""
+    return device == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability()[0] == 9
+
+
+def kernels_run(device: str, dtype: torch.dtype) -> CanRun:
+    """Whether our convolution is compiled for the device: without it, plain torch code would run under our name."""
+    return can_run_compact_conv2d(torch.empty(0, 8, 4, 4, device=device, dtype=dtype))
 
 
 def padded_maps(x: Tensor) -> Tensor:
@@ -82,7 +130,13 @@ def candidates(layer: Layer, device: str, dtype: torch.dtype, cache: float) -> l
     forms: list[tuple[str, Any, Layer, int]] = [("vendor", _vendor(conv), layer, layer.inputs)]
     if wide != layer:
         forms.append(("vendor_padded", _vendor(widened(conv, layer)), wide, layer.inputs))
-    forms.append(("own", CompactConv2d.from_conv(conv, None, "relu", backend="own"), layer, layer.inputs))
+    if FusedVendor.exists(device):
+        forms.append(("vendor_fused", FusedVendor(widened(conv, layer)), wide, layer.inputs))
+    if kernels_run(device, dtype).ok:
+        own = CompactConv2d.from_conv(conv, None, "relu", backend="own")
+        forms.append(("own", own, layer, layer.inputs))
+        if warp_groups(device, dtype) and layer.groups == 1:
+            forms.append(("own_groups", own, layer, layer.inputs))
     if layer.kind != "aligned":
         forms.append(
             ("dense", _vendor(convolution(layer.dense(), device, dtype)), layer.dense(), layer.dense().inputs)
@@ -94,11 +148,12 @@ def candidates(layer: Layer, device: str, dtype: torch.dtype, cache: float) -> l
         sums = (
             _maps(shape, layer.outputs, shape.outputs, count, device, dtype, seed=2) if layer.residual else []
         )
-        if name == "own":
+        if name.startswith("own"):
             inputs = [x[:, : layer.inputs] for x in inputs]
             sums = [padded_maps(r) if layer.outputs % 8 else r for r in sums]
         arguments = list(zip(inputs, sums, strict=True)) if sums else [(x,) for x in inputs]
-        found.append(Candidate(name, module, arguments, shape.outputs))
+        switched_on = {GROUPS: "1"} if name == "own_groups" else {}
+        found.append(Candidate(name, module, arguments, shape.outputs, switched_on))
     return found
 
 
@@ -108,7 +163,7 @@ def _vendor(conv: nn.Conv2d) -> nn.Module:
 
 def relative_error(layer: Layer, candidate: Candidate, reference: Tensor) -> float:
     """Largest difference from the float64 ``reference`` (first images) over its largest value."""
-    with torch.no_grad():
+    with torch.no_grad(), variables(**candidate.variables):
         y = candidate.call(*candidate.arguments[0])
     found = y[: len(reference), : layer.outputs].double()
     if not bool(found.isfinite().all()):

@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,20 @@ def environment(device: str) -> dict[str, Any]:
     return facts
 
 
+@contextmanager
+def variables(**values: str | None) -> Iterator[None]:
+    """Environment variables set (None: not set) inside, and as they were afterwards."""
+    before = {name: os.environ.pop(name, None) for name in values}
+    try:
+        os.environ.update({name: value for name, value in values.items() if value is not None})
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
 class Record:
     """Rows of one question; the file is complete JSON after every row, so a killed run keeps what it had."""
 
@@ -94,22 +110,25 @@ class Record:
             "complete": False,
             "rows": [],
         }
-        self._write()
+        self.save()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         return self.content["rows"]  # type: ignore[no-any-return]
 
-    def add(self, **row: Any) -> None:
+    def add(self, **row: Any) -> dict[str, Any]:
+        """Append a row; what is returned is the row itself, to be filled further and written with :meth:`save`."""
         self.rows.append(row)
-        self._write()
+        self.save()
+        return row
 
     def finish(self) -> None:
         """Mark the file as complete: every row that was planned is there."""
         self.content["complete"] = True
-        self._write()
+        self.save()
 
-    def _write(self) -> None:
+    def save(self) -> None:
+        """Write the file anew."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".tmp")
         partial.write_text(json.dumps(self.content, indent=1) + "\n")

@@ -7,7 +7,12 @@
 set -u
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 MPLBACKEND=Agg
-for cuda in "${CUDA_HOME:-}" /usr/local/cuda; do
-  [ -n "$cuda" ] && [ -d "$cuda/bin" ] && export PATH="$cuda/bin:$PATH"
+# What CUDA_HOME names first, then what is on PATH, then other toolkits, the newest of them first.
+[ -n "${CUDA_HOME:-}" ] && PATH="$CUDA_HOME/bin:$CUDA_HOME/compute-sanitizer:$PATH"
+for cuda in /usr/local/cuda $(printf '%s\n' /usr/local/cuda-* | sort -rV); do
+  for folder in "$cuda/bin" "$cuda/compute-sanitizer"; do
+    [ -d "$folder" ] && PATH="$PATH:$folder"
+  done
 done
+export PATH
 exec "${PYTHON:-python3}" -m benchmarks.gpu.run_all "$@"

@@ -21,7 +21,9 @@ from benchmarks.gpu.timing import warm_up
 LABELS = {
     "vendor": "torch (cuDNN), channels_last",
     "vendor_padded": "torch, padded to 8",
+    "vendor_fused": "cuDNN, padded to 8, one call",
     "own": "lightning-prune",
+    "own_groups": "lightning-prune, warp groups",
 }
 
 

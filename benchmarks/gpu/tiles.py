@@ -8,16 +8,13 @@ a GPU there is nothing to force: the CPU runs one kernel whatever the variable s
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import shapes
 from benchmarks.gpu.peers import candidates
-from benchmarks.gpu.record import Record, arguments, time_left
+from benchmarks.gpu.record import Record, arguments, time_left, variables
 from benchmarks.gpu.timing import Loop, cache_bytes, interleaved, warm_up
 
 VARIABLE = "LIGHTNING_PRUNE_CUDA_TILE"
@@ -27,20 +24,6 @@ LAYERS = [
     ("conv3x3", 37, 32), ("conv3x3", 101, 32), ("aligned", 64, 32), ("aligned", 128, 32), ("pointwise", 37, 32),
     ("conv3x3", 37, 1), ("conv3x3", 101, 1), ("pointwise", 101, 1), ("conv3x3", 101, 256),
 ]  # fmt: skip
-
-
-@contextmanager
-def forced(choice: str | None) -> Iterator[None]:
-    """The variable set to ``choice`` inside, and as it was afterwards."""
-    before = os.environ.pop(VARIABLE, None)
-    try:
-        if choice is not None:
-            os.environ[VARIABLE] = choice
-        yield
-    finally:
-        os.environ.pop(VARIABLE, None)
-        if before is not None:
-            os.environ[VARIABLE] = before
 
 
 def choices(layer: shapes.Layer, tiles: int = TILES) -> list[str]:
@@ -71,7 +54,7 @@ def main() -> None:
         )
         loops: dict[str, Loop] = {}
         for choice in ["chosen", *choices(layer, 2 if cpu else TILES)]:
-            with forced(None if choice == "chosen" else choice):
+            with variables(**{VARIABLE: None if choice == "chosen" else choice}):
                 loops[choice] = Loop(own.call, own.arguments[:64])
         # A CPU loop would read the variable when it runs; a captured graph has its kernels.
         timed = interleaved({n: loop.sample for n, loop in loops.items()}, samples=5, min_seconds=0.005)

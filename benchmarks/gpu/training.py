@@ -3,7 +3,7 @@
 Mixed precision (bfloat16 autocast), channels_last, synthetic images. ``dense`` is the network before pruning, ``masked`` the
 same size with dead channels at zero, ``live_maps`` that network with maps of live channels and fused norms, ``cut`` the network
 without its dead channels, ``rounded`` cut to multiples of 8. ``+norms``: norms by this package's operator where they are
-faster. Odd widths lose most in the backward pass, where the vendor's kernels want aligned channels.
+faster. Odd widths lose most in the backward pass, where the vendor's kernels want aligned channels. A row per form.
 
     python -m benchmarks.gpu.training [--quick] [--device cpu]
 """
@@ -29,35 +29,53 @@ from lightning_prune.skipping import DeadChannelSkipper
 LAST = torch.channels_last
 
 
-def forms(name: str, share: float, size: int, device: str) -> dict[str, tuple[nn.Module, Any]]:
-    """Networks on the device, ready to train, each with what hangs on it (kept alive, and asked how much it does)."""
-    dense = dense_network(name)
-    example = torch.randn(2, 3, size, size)
-    pruned = prune_channels(dense, example, share, prune_streams=True)
-    rounded = prune_channels(dense, example, share, prune_streams=True, round_to=8)
-    graph = trace_channels(dense, example)
-    masked = mask_channels(dense, example, pruned.plan)
+#: most wanted first; every other form is timed in turns with the first
+FORMS = ("dense", "cut", "cut+norms", "masked", "live_maps", "rounded", "rounded+norms", "dense+norms")
+#: seconds below which no form is begun
+LEAST = 8.0
 
-    def ready(network: nn.Module) -> nn.Module:
-        network = copy.deepcopy(network).to(device, memory_format=LAST)  # type: ignore[call-overload]
-        return network.train().requires_grad_(True)
 
-    found: dict[str, tuple[nn.Module, Any]] = {}
-    for label, network in (
-        ("dense", dense),
-        ("masked", masked),
-        ("cut", pruned.model),
-        ("rounded", rounded.model),
-    ):
-        found[label] = ready(network), None
-        fused = ready(network)
-        if label == "masked":
-            skipper = DeadChannelSkipper(fused, graph, example.to(device))
-            skipper.set_mask(pruned.plan.mask(graph))
-            found["live_maps"] = fused, skipper
-        else:
-            found[f"{label}+norms"] = fused, FusedNorms(fused)
-    return found
+class Forms:
+    """Networks on the device, ready to train, made when they are asked for."""
+
+    def __init__(self, name: str, share: float, size: int, device: str) -> None:
+        dense = dense_network(name)
+        example = torch.randn(2, 3, size, size)
+        pruned = prune_channels(dense, example, share, prune_streams=True)
+        self.device, self.size = device, size
+        self._example, self._plan = example, pruned.plan
+        self._graph = trace_channels(dense, example)
+        self._networks = {
+            "dense": dense,
+            "cut": pruned.model,
+            "masked": mask_channels(dense, example, pruned.plan),
+            "rounded": prune_channels(dense, example, share, prune_streams=True, round_to=8).model,
+        }
+        self._expected: Tensor | None = None
+
+    def get(self, label: str) -> tuple[nn.Module, Any]:
+        """The network, and what hangs on it (kept alive, and asked how much it does)."""
+        origin = "masked" if label == "live_maps" else label.removesuffix("+norms")
+        network = copy.deepcopy(self._networks[origin]).to(self.device, memory_format=LAST)  # type: ignore[call-overload]
+        network = network.train().requires_grad_(True)
+        if label == "live_maps":
+            skipper = DeadChannelSkipper(network, self._graph, self._example.to(self.device))
+            skipper.set_mask(self._plan.mask(self._graph))
+            return network, skipper
+        return network, FusedNorms(network) if label.endswith("+norms") else None
+
+    def difference(self, label: str, network: nn.Module) -> float | None:
+        """Of the outputs in training mode from the masked network's, for forms that have to agree with it."""
+        if label not in ("live_maps", "cut", "cut+norms"):
+            return None
+        if self._expected is None:
+            self._expected = self._outputs(self.get("masked")[0])
+        return float((self._outputs(network) - self._expected).norm() / self._expected.norm())
+
+    def _outputs(self, network: nn.Module) -> Tensor:
+        x = torch.randn(4, 3, self.size, self.size, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            return network(x.to(self.device).contiguous(memory_format=LAST)).double()  # type: ignore[no-any-return]
 
 
 def step_of(network: nn.Module, batch: int, size: int, classes: int, device: str) -> Callable[[], float]:
@@ -90,23 +108,47 @@ def step_of(network: nn.Module, batch: int, size: int, classes: int, device: str
     return timed
 
 
-def differences_of(networks: dict[str, tuple[nn.Module, Any]], size: int, device: str) -> dict[str, float]:
-    """Outputs on the same images in training mode, relative to the masked network's, which these forms have to agree with."""
-    x = (
-        torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
-        .to(device)
-        .contiguous(memory_format=LAST)
-    )
-    outputs: dict[str, Tensor] = {}
-    for label, (network, _) in networks.items():
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            outputs[label] = copy.deepcopy(network)(x) if label == "masked" else network(x)
-    exact = outputs["masked"].double()
-    return {
-        label: float((y.double() - exact).norm() / exact.norm())
-        for label, y in outputs.items()
-        if label in ("live_maps", "cut", "cut+norms")
-    }
+def measure(name: str, share: float, batch: int, size: int, device: str, quick: bool, record: Record) -> bool:
+    """A row per form, as soon as it is timed; whether there was time for all."""
+    known = Forms(name, share, size, device)
+    steps: dict[str, Callable[[], float]] = {}
+    for label in FORMS:
+        if steps and time_left() < LEAST:
+            return False
+        case = {"network": name, "share": share, "batch": batch, "size": size, "form": label}
+        try:
+            network, hung = known.get(label)
+            difference = known.difference(label, network)
+            step = step_of(network, batch, size, 10 if name == "toy" else 1000, device)
+            pair = {**steps, label: step}
+            timed = interleaved(pair, samples=5 if quick else 10, max_seconds=1.0)
+        except Exception as failure:
+            record.add(**case, failed=f"{type(failure).__name__}: {failure}"[:500])
+            print(f"{name} {label}: FAILED: {failure}", flush=True)
+            if "CUDA error" in str(failure):
+                raise  # nothing after it can be trusted
+            continue
+        row = record.add(**case, difference_from_masked=difference, **timed[label].as_row())
+        if "dense" in steps:
+            row["dense_beside"] = timed["dense"].as_row()
+            row["dense_over_this"] = timed["dense"].median / timed[label].median
+        if isinstance(hung, FusedNorms):
+            row["norms_by_operator"] = sum(any(call.won.values()) for call in hung._norms.values())
+        if isinstance(hung, DeadChannelSkipper):
+            row["obstacle"] = hung.obstacle
+        record.save()
+        print(line(row), flush=True)
+        if label == "dense":
+            steps["dense"] = step
+    return True
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    parts = [f"{row['network']} {row['share']:.0%} n={row['batch']} {row['form']:14}"]
+    parts.append(f"{row['median_us'] / 1e3:8.2f} ms ±{row['noise']:.0%}")
+    parts += [f"{row['dense_over_this']:.2f}x"] if "dense_over_this" in row else []
+    return " ".join(parts)
 
 
 def main() -> None:
@@ -114,38 +156,15 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     cpu = given.device == "cpu"
     cases: list[tuple[str, float, int]] = (
-        [("toy", 0.5, 4)] if cpu else [("resnet50", 0.5, 128), ("resnet18", 0.5, 256)]
+        [("toy", 0.5, 4)] if cpu else [("resnet18", 0.5, 256), ("resnet50", 0.5, 128)]
     )
     warm_up(given.device)
     record = Record(given.out, "training", given.device)
     for name, share, batch in cases[: 1 if given.quick else None]:
-        if time_left() < 10:
-            return
         size = 16 if cpu else 224
-        networks = forms(name, share, size, given.device)
-        differences = differences_of(networks, size, given.device)
-        classes = 10 if name == "toy" else 1000
-        steps = {
-            label: step_of(network, batch, size, classes, given.device)
-            for label, (network, _) in networks.items()
-        }
-        timed = interleaved(steps, samples=5 if given.quick else 10, max_seconds=2.0)
-        row: dict[str, Any] = {label: t.as_row() for label, t in timed.items()}
-        chosen = {
-            label: sum(any(call.won.values()) for call in hung._norms.values())
-            for label, (_, hung) in networks.items()
-            if isinstance(hung, FusedNorms)
-        }
-        skipper = networks["live_maps"][1]
-        record.add(
-            network=name, share=share, batch=batch, size=size, candidates=row, differences=differences,
-            norms_by_operator=chosen, live_maps_obstacle=skipper.obstacle,
-        )  # fmt: skip
-        print(
-            name, share, f"differences from masked {differences}, norms by the operator {chosen}", flush=True
-        )
-        for label, r in row.items():
-            print(f"  {label:14} {r['median_us'] / 1e3:8.2f} ms ±{r['noise']:.0%}", flush=True)
+        if time_left() < LEAST or not measure(name, share, batch, size, given.device, given.quick, record):
+            print("out of time; what is measured is in the file")
+            return
     record.finish()
 
 

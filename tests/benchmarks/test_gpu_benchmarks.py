@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.gpu import (
     ceilings,
@@ -18,11 +19,15 @@ from benchmarks.gpu import (
     peers,
     record,
     run_all,
+    sanitized,
     shapes,
     staircase,
     tiles,
     timing,
+    training,
 )
+from lightning_prune.nn import CompactConv2d
+from lightning_prune.ops.availability import CanRun
 
 
 class Clock:
@@ -181,22 +186,160 @@ def test_staircase_order_series_and_plot(tmp_path: Path) -> None:
 
 def test_forced_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tiles.VARIABLE, "7")
+    monkeypatch.delenv(peers.GROUPS, raising=False)
     for choice in (None, "3:2"):
-        with tiles.forced(choice):
-            assert os.environ.get(tiles.VARIABLE) == choice
-        assert os.environ[tiles.VARIABLE] == "7"
+        with record.variables(**{tiles.VARIABLE: choice, peers.GROUPS: "1"}):
+            assert (os.environ.get(tiles.VARIABLE), os.environ[peers.GROUPS]) == (choice, "1")
+        assert (os.environ[tiles.VARIABLE], peers.GROUPS in os.environ) == ("7", False)
     assert len(tiles.choices(shapes.layer("conv3x3", 37, 1))) == 4 * tiles.TILES
     assert len(tiles.choices(shapes.layer("conv3x3", 37, 32))) == tiles.TILES
     assert tiles.best({"chosen": 3.0, "1:1": 2.0, "2:1": 4.0}) == ("1:1", 1.5)
 
 
-def test_a_network_in_the_dtype_of_the_gpu() -> None:
-    row = networks.measure("toy", 0.5, 2, "cpu", 16, True, torch.bfloat16)
+def test_the_tiles_that_are_forced_are_those_of_the_kernels() -> None:
+    source = (run_all.ROOT / "csrc/kernels/cuda/tensor_plan.h").read_text()
+    table = source.split("kTiles[] = {")[1].split("};")[0]
+    rows = [line for line in table.splitlines() if line.strip().startswith("{")]
+    groups = [number for number, line in enumerate(rows) if "true" in line]
+    assert len(rows) == tiles.TILES
+    assert not set(sanitized.WARP_TILES) & set(groups)
+    assert set(sanitized.GROUP_TILES) <= set(groups)
+    # Of both kinds the largest and the smallest.
+    assert {0, min(groups) - 1} <= set(sanitized.WARP_TILES)
+    assert {min(groups), max(groups)} <= set(sanitized.GROUP_TILES)
+    forced = {
+        (dtype, int(choice.split(":")[0]))
+        for _, dtype, _, choices in sanitized.calls(quick=True, groups=True)
+        for choice in choices
+        if choice
+    }
+    assert {(torch.bfloat16, tile) for tile in (*sanitized.WARP_TILES, *sanitized.GROUP_TILES)} <= forced
+    assert {tile for dtype, tile in forced if dtype == torch.float32} == set(sanitized.WARP_TILES)
+
+
+def network_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A case, and what the file held after every candidate."""
+    written: list[dict[str, Any]] = []
+    real = record.Record.save
+
+    def save(self: record.Record) -> None:
+        real(self)
+        written.append(json.loads(self.path.read_text()))
+
+    monkeypatch.setattr(record.Record, "save", save)
+    pruned = networks.variants("toy", 0.5, 16)
+    kept = record.Record(tmp_path, "networks", "cpu")
+    case = ("toy", 0.5, 2)
+    return networks.measure(case, pruned, "cpu", 16, True, torch.bfloat16, kept), written
+
+
+def test_a_network_in_the_dtype_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, written = network_row(tmp_path, monkeypatch)
     assert not row["failed"]
-    assert {"dense", "odd", "odd/optimized", "rounded", "rounded/optimized"} == set(row["candidates"])
+    wanted = [
+        "odd",
+        "odd/optimized",
+        "odd/own",
+        "odd/padded",
+        "rounded",
+        "dense",
+        "rounded/optimized",
+        "dense/optimized",
+    ]
+    assert list(row["candidates"]) == wanted
     assert all(c["median_us"] > 0 and c["error"] < 0.05 for c in row["candidates"].values())
     assert row["macs_odd"] <= 0.5 * row["macs_dense"]
     assert "odd/optimized" in networks.line(row)
+    assert set(row["layers"]["odd/own"].values()) == {"own"}
+    assert "padded" in row["layers"]["odd/padded"].values()
+    assert row["complete"]
+    assert row["interleaved"]
+    # What is killed after its second candidate has two of them, with times.
+    first = [w["rows"][0]["candidates"] for w in written if w["rows"] and w["rows"][0]["candidates"]]
+    assert [list(c) for c in first[:2]] == [wanted[:1], wanted[:2]]
+    assert all("median_us" in c for c in first[1].values())
+
+
+def test_networks_without_our_kernels_measure_torch_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "kernels_run", lambda device, dtype: CanRun(False, "not built"))
+    row, _ = network_row(tmp_path, monkeypatch)
+    assert list(row["candidates"]) == ["odd", "odd/padded", "rounded", "dense"]
+
+
+def test_a_failing_candidate_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(networks, "optimized", fails)
+    row, _ = network_row(tmp_path, monkeypatch)
+    assert row["failed"]["odd/optimized"] == "ValueError: no such luck"
+    assert all("median_us" in row["candidates"][name] for name in ("odd", "odd/own", "rounded", "dense"))
+
+
+def test_candidates_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def convolve(x: Tensor, weight: Tensor, *place: Any) -> Tensor:
+        bias, stride, padding, dilation, groups = place
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    def convolve_add(x: Tensor, weight: Tensor, z: Tensor, alpha: float, *place: Any) -> Tensor:
+        bias, stride, padding, dilation, groups = place
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z)
+
+    seen: list[str | None] = []
+    real = CompactConv2d.forward
+
+    def forward(self: CompactConv2d, *given: Tensor) -> Tensor:
+        seen.append(os.environ.get(peers.GROUPS))
+        return real(self, *given)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", convolve)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", convolve_add)
+    monkeypatch.setattr(peers.FusedVendor, "exists", lambda device: True)
+    monkeypatch.setattr(peers, "warp_groups", lambda device, dtype: True)
+    monkeypatch.setattr(CompactConv2d, "forward", forward)
+    monkeypatch.delenv(peers.GROUPS, raising=False)
+    for kind in ("conv3x3", "pointwise", "depthwise"):
+        layer = shapes.tiny(shapes.layer(kind, 37, 8))
+        found = {c.name: c for c in peers.candidates(layer, "cpu", torch.float32, cache=1e4)}
+        assert set(found) == {"vendor", "vendor_padded", "vendor_fused", "own", "dense"} | (
+            set() if kind == "depthwise" else {"own_groups"}
+        )
+        exact = peers.exact(layer, found["vendor"], peers.convolution(layer, "cpu", torch.float32))
+        for name in ("vendor_fused", "own", "own_groups"):
+            seen.clear()
+            if name in found:
+                assert peers.relative_error(layer, found[name], exact) < 1e-5, name
+                found[name].loop()
+                assert set(seen) <= {"1" if name == "own_groups" else None}
+                assert len(seen) == (0 if name == "vendor_fused" else 3)
+
+
+def test_a_layer_without_our_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = CanRun(False, "not built")
+    monkeypatch.setattr(peers, "kernels_run", lambda device, dtype: refusal)
+    monkeypatch.setattr(layers, "kernels_run", lambda device, dtype: refusal)
+    layer = shapes.tiny(shapes.layer("conv3x3", 37, 2))
+    row = layers.measure(layer, "cpu", torch.float32, {"float32": 1e9, "copy": 1e9}, True, False)
+    assert "own" not in row["candidates"]
+    assert row["failed"] == {"own": "not built"}
+    assert row["candidates"]["vendor_padded"]["median_us"] > 0
+
+
+def test_a_training_step_has_a_row_per_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = record.Record(tmp_path, "training", "cpu")
+    assert training.measure("toy", 0.5, 4, 16, "cpu", True, kept)
+    rows = {row["form"]: row for row in json.loads(kept.path.read_text())["rows"]}
+    assert tuple(rows) == training.FORMS
+    assert all(row["median_us"] > 0 for row in rows.values())
+    assert all("dense_over_this" in rows[name] for name in training.FORMS[1:])
+    assert all(rows[name]["difference_from_masked"] < 1e-4 for name in ("cut", "cut+norms", "live_maps"))
+    monkeypatch.setattr(training, "time_left", lambda: 0.0)
+    assert not training.measure("toy", 0.5, 4, 16, "cpu", True, kept)
+    assert [row["form"] for row in kept.rows[len(rows) :]] == ["dense"]
 
 
 def test_records_are_complete_json_after_every_row(tmp_path: Path) -> None:
@@ -214,47 +357,3 @@ def test_ceilings_of_a_finished_file_are_reused(tmp_path: Path) -> None:
     kept.add(name="copy", per_second=7.0)
     kept.finish()
     assert ceilings.known(tmp_path, "cpu") == {"copy": 7.0}
-
-
-def test_sections_fail_or_run_out_of_time_alone(tmp_path: Path) -> None:
-    def section(name: str, code: str, box: float = 30.0) -> run_all.Section:
-        return run_all.Section(name, (sys.executable, "-c", code), box, script=False)
-
-    log = tmp_path / "log"
-    assert run_all.run(section("a", "print('fine')"), [], 30, log)["result"] == "ok"
-    assert run_all.tail(log, 5) == "fine"
-    assert run_all.run(section("b", "raise SystemExit(3)"), [], 30, log)["code"] == 3
-    late = run_all.run(section("c", "print('begun', flush=True); import time; time.sleep(60)"), [], 1.5, log)
-    assert (late["result"], run_all.tail(log, 5)) == ("out of time", "begun")
-    missing = run_all.Section("d", ("x",), 5, needs="no-such-tool")
-    assert run_all.run(missing, [], 5, log)["result"] == "skipped"
-    run_all.bundle(tmp_path, tmp_path / "out", {"sections": [late]})
-    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
-        assert "log" in archive.getnames()
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["sections"][0]["name"] == "c"
-
-
-def test_sections_that_are_asked_for_share_the_time() -> None:
-    first, second = (run_all.Section(name, (), box) for name, box in (("a", 50.0), ("b", 150.0)))
-    assert run_all.seconds_for(first, [first, second], 400.0, stretch=True) == 100.0
-    assert run_all.seconds_for(second, [second], 300.0, stretch=True) == 300.0
-    assert run_all.seconds_for(second, [second], 100.0, stretch=True) == 100.0
-    assert run_all.seconds_for(first, [first, second], 400.0, stretch=False) == 50.0
-    # With less than all boxes need everybody's shrink alike, but for what cannot stop by itself.
-    assert run_all.seconds_for(first, [first, second], 120.0, stretch=False) == 30.0
-    assert run_all.seconds_for(first, [first, second], 60.0, stretch=False) == run_all.LEAST
-    fixed = run_all.Section("memcheck", (), 40.0, needs="compute-sanitizer")
-    assert run_all.seconds_for(first, [first, fixed, second], 160.0, stretch=False) == 30.0
-    assert run_all.seconds_for(fixed, [fixed, second], 100.0, stretch=False) == 40.0
-    build = run_all.Section("build", (), 170.0, script=False)
-    assert run_all.seconds_for(build, [build, first], 500.0, stretch=True) == 170.0
-
-
-def test_boxes_fit_one_call_and_every_script_exists() -> None:
-    for section in run_all.sections("cuda"):
-        module = [part for part in section.command if part.startswith("benchmarks.gpu.")]
-        assert not module or (run_all.ROOT / (module[0].replace(".", "/") + ".py")).exists()
-        limit = run_all.options(section, "cuda", True, Path("out"), section.box)
-        assert not section.script or "--quick" in (*section.command, *limit)
-    # What answers the first questions fits into the budget even when every section needs its whole box.
-    assert sum(section.box for section in run_all.sections("cuda")[:6]) < 530
