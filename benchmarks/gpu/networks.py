@@ -93,22 +93,38 @@ def relative_error(exact: Tensor, found: Tensor) -> float:
     return float((found.double() - exact).abs().max() / exact.abs().max())
 
 
-def variants(name: str, share: float, size: int) -> dict[str, nn.Module]:
-    """dense, odd, rounded; streams are pruned too where the share cannot be reached without."""
-    dense = dense_network(name)
-    example = torch.randn(1, 3, size, size)
-    found = {"dense": dense}
-    for label, multiple in (("odd", 1), ("rounded", 8)):
-        for streams in (False, True):
+class Variants:
+    """The dense network and its pruned ones, each made when it is asked for: choosing widths takes a while."""
+
+    def __init__(self, name: str, share: float, size: int) -> None:
+        self.share = share
+        self._found = {"dense": dense_network(name)}
+        self._example = torch.randn(1, 3, size, size)
+        self._macs: dict[str, int] = {}
+        self._dense = copy.deepcopy(self._found["dense"])  # stays on the CPU
+
+    def get(self, label: str) -> nn.Module:
+        """``dense``, ``odd`` or ``rounded``; streams are pruned too where the share cannot be reached without."""
+        if label not in self._found:
+            started = time.monotonic()
+            multiple = {"odd": 1, "rounded": 8}[label]
             try:
-                found[label] = prune_channels(
-                    dense, example, share, round_to=multiple, prune_streams=streams
-                ).model
-                break
+                self._found[label] = self._pruned(multiple, streams=False)
             except Exception:
-                if streams:
-                    raise
-    return found
+                self._found[label] = self._pruned(multiple, streams=True)
+            print(f"  {label} widths found in {time.monotonic() - started:.1f} s", flush=True)
+        return self._found[label]
+
+    def macs(self, label: str) -> int:
+        """Of one image."""
+        if label not in self._macs:
+            self._macs[label] = profile(copy.deepcopy(self.get(label)).cpu(), self._example).macs
+        return self._macs[label]
+
+    def _pruned(self, multiple: int, streams: bool) -> nn.Module:
+        return prune_channels(
+            self._dense, self._example, self.share, round_to=multiple, prune_streams=streams
+        ).model
 
 
 def plan(ours: bool, groups: bool) -> list[tuple[str, str, str]]:
@@ -129,7 +145,7 @@ def exact_outputs(network: nn.Module, images: Tensor) -> Tensor:
 
 def measure(
     case: tuple[str, float, int],
-    networks: dict[str, nn.Module],
+    networks: Variants,
     device: str,
     size: int,
     quick: bool,
@@ -145,8 +161,6 @@ def measure(
         network=name, share=share, batch=batch, size=size, dtype=str(dtype), candidates={}, failed={}, layers={},
         interleaved=False, complete=False,
     )  # fmt: skip
-    for label, network in networks.items():
-        row[f"macs_{label}"] = profile(copy.deepcopy(network).cpu(), torch.randn(1, 3, size, size)).macs
     images = [torch.randn(batch, 3, size, size, device=device).to(dtype) for _ in range(2)]
     # Weights and maps of a network exceed the cache by themselves from small batches on.
     images = [image.contiguous(memory_format=LAST) for image in images]
@@ -163,9 +177,10 @@ def measure(
         if loops and time_left() < LEAST:
             break
         try:
+            network = networks.get(origin).to(device)
             started = time.monotonic()
-            network = networks[origin].to(device)
             if origin not in exact:
+                row[f"macs_{origin}"] = networks.macs(origin)
                 exact[origin] = exact_outputs(network, images[0][:2])
             make = optimized if kind == "optimized" else partial(with_kernels, kind=kind)
             ready = make(network, example, dtype=dtype)
@@ -178,6 +193,7 @@ def measure(
                 "preparation_seconds": time.monotonic() - started,
             }
             time_together(list(dict.fromkeys((next(iter(loops)), label))), samples=5, min_seconds=0.01)
+            print(f"  {label}: {row['candidates'][label]['median_us']:.0f} us", flush=True)
         except Exception as failure:
             loops.pop(label, None)
             row["failed"][label] = f"{type(failure).__name__}: {failure}"[:500]
@@ -217,16 +233,15 @@ def main() -> None:
     warm_up(given.device)
     record = Record(given.out, "networks", given.device)
     size = 16 if cpu else 224
-    known: dict[tuple[str, float], dict[str, nn.Module]] = {}
+    known: dict[tuple[str, float], Variants] = {}
     for name, share, batch in cases:
         if time_left() < LEAST:
             print("out of time; what is measured is in the file")
             return
         try:
             if (name, share) not in known:
-                started = time.monotonic()
-                known[name, share] = variants(name, share, size)
-                print(f"{name} {share:.0%}: pruned in {time.monotonic() - started:.1f} s", flush=True)
+                known[name, share] = Variants(name, share, size)
+            print(f"{name} {share:.0%} n={batch}", flush=True)
             row = measure(
                 (name, share, batch), known[name, share], given.device, size, given.quick, dtype, record
             )

@@ -229,7 +229,7 @@ def network_row(
         written.append(json.loads(self.path.read_text()))
 
     monkeypatch.setattr(record.Record, "save", save)
-    pruned = networks.variants("toy", 0.5, 16)
+    pruned = networks.Variants("toy", 0.5, 16)
     kept = record.Record(tmp_path, "networks", "cpu")
     case = ("toy", 0.5, 2)
     return networks.measure(case, pruned, "cpu", 16, True, torch.bfloat16, kept), written
