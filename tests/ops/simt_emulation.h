@@ -126,6 +126,10 @@ inline void copy16(void* to, const void* from, int bytes) {
   const bool in_x = source >= machine.x_begin && source + bytes <= machine.x_end;
   const bool in_w = source >= machine.w_begin && source + bytes <= machine.w_end;
   if (bytes > 0 && !in_x && !in_w) ++machine.outside;
+  if (static_cast<char*>(to) + 16 > machine.memory.data() + machine.memory.size()) {
+    ++machine.outside;
+    return;
+  }
   self().targets.push_back(to);
   ++machine.pending[piece_of(to)];
   self().open.push_back(Copy{static_cast<char*>(to), source, bytes});

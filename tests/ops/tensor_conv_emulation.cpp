@@ -15,7 +15,7 @@ void run_blocks(const TensorConv& p, const Launch& launch, bool reverse) {
   auto& m = simt::machine;
   for (m.by = 0; m.by < launch.splits; ++m.by)
     for (m.bx = 0; m.bx < launch.blocks_m * launch.blocks_n; ++m.bx)
-      simt::run_block(T::kThreads, T::kShared, reverse, [&] { TensorConvKernel<T>(p, simt::shared()).run(); });
+      simt::run_block(T::kThreads, T::shared_bytes(p.steps_per_split), reverse, [&] { TensorConvKernel<T>(p, simt::shared()).run(); });
 }
 
 template <class S, int I = 0>

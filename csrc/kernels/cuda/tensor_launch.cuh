@@ -62,7 +62,7 @@ void launch_tile(const TensorConv& p, const Launch& launch, cudaStream_t stream)
     if (device < 64) ready[device] = true;
   }
   const dim3 grid(unsigned(launch.blocks_m) * unsigned(launch.blocks_n), unsigned(launch.splits));
-  tensor_conv_kernel<T><<<grid, T::kThreads, T::kShared, stream>>>(p);
+  tensor_conv_kernel<T><<<grid, T::kThreads, T::shared_bytes(p.steps_per_split), stream>>>(p);
 }
 
 template <class S, int I = 0>

@@ -134,6 +134,10 @@ struct Tile {
   static constexpr int kSumStride = WN % 32 == 8 || WN % 32 == 24 ? WN : WN + 8;
   static constexpr int kSumBytes = WARPS_M * WARPS_N * WM * kSumStride * 4;
   static constexpr int kShared = STAGES * kStageBytes > kSumBytes ? STAGES * kStageBytes : kSumBytes;
+  // What a launch needs of it: a short depth, as of most 1x1 convolutions, leaves slots unused, and room for more blocks.
+  static constexpr int shared_bytes(int steps) {
+    return steps >= STAGES ? kShared : steps * kStageBytes > kSumBytes ? steps * kStageBytes : kSumBytes;
+  }
   static_assert(CH == 4 || CH == 8, "the plane gap is for 4 or 8 chunks");
   static_assert(WM % 16 == 0 && WN % 8 == 0 && BM * CH % kThreads == 0 && kThreads % CH == 0, "tile does not divide");
   static_assert(kSumStride % 32 == 8 || kSumStride % 32 == 24, "bank conflicts while storing");
