@@ -134,6 +134,10 @@ inline void copy16(void* to, const void* from, int bytes) {
   ++machine.pending[piece_of(to)];
   self().open.push_back(Copy{static_cast<char*>(to), source, bytes});
 }
+inline void copy16_if(bool active, void* to, const void* from, int bytes) {
+  if (active) copy16(to, from, bytes);
+}
+inline void copy16_unless(uint32_t refused, void* to, const void* from, int bytes) { copy16(to, from, refused ? 0 : bytes); }
 inline void copies_end_group() {
   self().groups.push_back(std::move(self().open));
   self().open.clear();

@@ -15,7 +15,8 @@ void run_blocks(const TensorConv& p, const Launch& launch, bool reverse) {
   auto& m = simt::machine;
   for (m.by = 0; m.by < launch.splits; ++m.by)
     for (m.bx = 0; m.bx < launch.blocks_m * launch.blocks_n; ++m.bx)
-      simt::run_block(T::kThreads, T::shared_bytes(p.steps_per_split), reverse, [&] { TensorConvKernel<T>(p, simt::shared()).run(); });
+      simt::run_block(T::kThreads, T::shared_bytes(p.steps_per_split), reverse,
+                      [&] { TensorConvKernel<T>(p, simt::shared()).run(); });
 }
 
 template <class S, int I = 0>
@@ -70,7 +71,21 @@ extern "C" void choose(int64_t pixels, int64_t columns, int64_t depth, int proce
   out[4] = kTiles[launch.tile].bm, out[5] = kTiles[launch.tile].bn;
 }
 
-extern "C" int tap_row(int tap, int kw) { return (tap * kw_magic_of(kw)) >> 16; }
+// How many positions of a depth list a cursor gets wrong that goes through it in the steps of a tile.
+extern "C" int wrong_positions(int tile, int kh, int kw, int chunks) {
+  CompactForward f{};
+  f.shape = ConvShape{1, chunks * 8, kh, kw, 8, kh, kw, 1, 1, 1, 1, 0, 0, 1, 1, 1};
+  f.lanes = 8;
+  const TensorConv p = tensor_params(f, f.x, Launch{tile, 1, 1, 1}, nullptr);
+  const int step = kTiles[tile].ch;
+  int wrong = 0;
+  for (int first = 0; first < step; ++first) {
+    DepthCursor d = DepthCursor::at(p, first);
+    for (int q = first; q < kh * kw * chunks + 8 * step; q += step, d.advance(p))
+      wrong += d.chunk != q % chunks || d.column != q / chunks % kw || d.row != q / chunks / kw;
+  }
+  return wrong;
+}
 
 extern "C" int carried_lanes(int64_t size, int64_t outputs, int64_t channels, int64_t taps, int64_t groups) {
   return tensor_lanes(size, outputs, channels, taps, groups);

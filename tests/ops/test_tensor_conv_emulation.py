@@ -230,9 +230,11 @@ def test_choice_of_tiles(emulator: ctypes.CDLL) -> None:
     assert wide["bn"] == 40
 
 
-def test_tap_division_is_exact(emulator: ctypes.CDLL) -> None:
-    for kw in range(1, 257):
-        assert all(emulator.tap_row(tap, kw) == tap // kw for tap in range(257 + 8)), kw
+def test_depth_is_walked_without_a_division(emulator: ctypes.CDLL) -> None:
+    for tile in (0, 8):  # steps of 4 and 8 chunks
+        for kernel in [(1, 1), (1, 16), (16, 1), (16, 16), (3, 3), (2, 5), (7, 7)]:
+            for chunks in (1, 2, 3, 5, 8, 9, 16, 19):
+                assert emulator.wrong_positions(tile, *kernel, chunks) == 0
 
 
 def test_packed_sizes_are_told_apart(emulator: ctypes.CDLL) -> None:

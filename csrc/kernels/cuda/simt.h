@@ -43,6 +43,21 @@ LP_DEVICE void store16(void* p, const Piece16& v) {
 LP_DEVICE void copy16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(shared)), "l"(global), "r"(bytes) : "memory");
 }
+// Nothing unless `active`.
+LP_DEVICE void copy16_if(bool active, void* shared, const void* global, int bytes) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(address(shared)),
+               "l"(global), "r"(bytes), "r"(int(active))
+               : "memory");
+}
+// Zeros alone if `refused` is not zero, from an address that may be any. A size that is the same for many copies costs each of
+// them less than one that is chosen by `refused` would: what is not 16 goes into the address.
+LP_DEVICE void copy16_unless(uint32_t refused, void* shared, const void* global, int bytes) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %3, 0; @!p cp.async.cg.shared.global [%0], [%1], 16, %2;"
+      " @p cp.async.cg.shared.global [%0], [%1], 16, 0;}" ::"r"(address(shared)),
+      "l"(global), "r"(bytes), "r"(refused)
+      : "memory");
+}
 LP_DEVICE void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int GROUPS>
 LP_DEVICE void copies_wait() {

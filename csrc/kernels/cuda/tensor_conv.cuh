@@ -177,7 +177,8 @@ struct TensorConvKernel {
   int first_column;
   Window windows[T::kRows];
   DepthCursor cursor;
-  int tap_step, chunk_step;
+  uint32_t weights[T::kWeights];  // bytes from the first piece of a step's weights
+  int weights_end[T::kWeights];   // the first step whose piece does not exist, times CH
   float sums[T::MI][T::NI][4];
 
   LP_DEVICE TensorConvKernel(const TensorConv& params, char* shared) : p(params), memory(shared) {
@@ -188,9 +189,13 @@ struct TensorConvKernel {
     warp_n = warp / T::kWarpsM * T::WN;
     first_column = simt::block_x() % p.blocks_n * T::BN;
 #pragma unroll
-    for (int i = 0; i < T::kRows; ++i) windows[i] = window_of(p, first_row() + row_of(i));
-    tap_step = T::CH / p.chunks;
-    chunk_step = T::CH % p.chunks;
+    for (int i = 0; i < T::kRows; ++i) windows[i] = window_of<S>(p, first_row() + row_of(i));
+#pragma unroll
+    for (int i = 0; i < T::kWeights; ++i) {
+      const int u = i * T::kThreads + tid, j = u / T::BN, column = first_column + u % T::BN;
+      weights_end[i] = column < p.columns ? p.taps * p.chunks - j : 0;
+      weights[i] = (uint32_t(j) * p.columns + column) * 16;
+    }
 #pragma unroll
     for (int i = 0; i < T::MI; ++i)
 #pragma unroll
@@ -205,24 +210,19 @@ struct TensorConvKernel {
 
   // Copies of one step: depth chunks q0 .. q0 + CH - 1 into a slot.
   LP_DEVICE void copy_step(int q0, int slot) {
-    char* a = memory + slot * T::kStageBytes;
-    char* b = a + T::CH * T::kPlaneA;
-    const int plane = tid % T::CH;
+    char* a = memory + slot * T::kStageBytes + tid % T::CH * T::kPlaneA + row_of(0) * 16;
+    char* b = memory + slot * T::kStageBytes + T::CH * T::kPlaneA + tid * 16;
+    const Reach reach = reach_of<S>(p, cursor);
 #pragma unroll
-    for (int i = 0; i < T::kRows; ++i) {
-      const Piece piece = input_piece<S>(p, windows[i], cursor);
-      simt::copy16(a + plane * T::kPlaneA + row_of(i) * 16, static_cast<const E*>(p.x) + piece.offset, piece.bytes);
-    }
-    cursor.advance(p, tap_step, chunk_step);
-    const int depth = p.taps * p.chunks;
+    for (int i = 0; i < T::kRows; ++i)
+      simt::copy16_unless(windows[i].outside & reach.bits, a + i * (T::kThreads / T::CH) * 16,
+                          reinterpret_cast<const void*>(windows[i].corner + reach.way), reach.bytes);
+    cursor.advance(p);
+    const char* w = static_cast<const char*>(p.weight) + int64_t(q0) * p.columns * 16;
 #pragma unroll
-    for (int u0 = 0; u0 < T::CH * T::BN; u0 += T::kThreads) {
-      const int u = u0 + tid;
-      if (T::CH * T::BN % T::kThreads != 0 && u >= T::CH * T::BN) break;
-      const int j = u / T::BN, n = u % T::BN, q = q0 + j;
-      const bool exists = q < depth && first_column + n < p.columns;
-      const int64_t offset = exists ? (int64_t(q) * p.columns + first_column + n) * S::kLanes : 0;
-      simt::copy16(b + j * T::kPlaneB + n * 16, static_cast<const E*>(p.weight) + offset, exists ? 16 : 0);
+    for (int i = 0; i < T::kWeights; ++i) {
+      const bool mine = (i + 1) * T::kThreads <= T::CH * T::BN || i * T::kThreads + tid < T::CH * T::BN;
+      simt::copy16_if(mine, b + i * T::kThreads * 16, w + weights[i], q0 < weights_end[i] ? 16 : 0);
     }
   }
 

@@ -39,6 +39,9 @@ LP_HD int tensor_lanes(int64_t size, int64_t outputs, int64_t channels_per_group
   return rest == 1 ? 8 : rest == 2 ? 4 : 0;
 }
 
+// Rows and columns of a kernel: their bits share a word (Window).
+constexpr int kMostTaps = 16;
+
 struct TensorConv {
   const void* x;         // rows of channels: 16-byte aligned, strides multiples of 16 bytes
   const void* weight;    // tensor_weight_offset
@@ -50,7 +53,10 @@ struct TensorConv {
   int64_t x_n, y_n, y_c, r_n, r_c;  // strides in elements
   int x_h, x_w, y_h, y_w, r_h, r_w;
   int height, width, out_h, out_w, pixels;
-  int channels, chunks, taps, kw, kw_magic;
+  int channels, chunks, taps, kh, kw;
+  struct {
+    int row, column, chunk;
+  } step;  // of the depth, see DepthCursor
   int stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int outputs, columns;  // columns: outputs rounded up to 8
   int y_channels;
@@ -61,6 +67,7 @@ struct TensorConv {
   bool bias_vector;   // bias begins at 16 bytes
   bool y_vector;      // y has 16-byte rows of channels with room for `columns`
   bool r_vector;      // so has residual
+  bool x_linear;      // 1x1, and output pixel m reads x at m * x_w
   bool y_linear;      // pixel m of y lies at m * y_w, likewise of residual
   bool pixels_first;  // neighbouring pixels are closer in y than neighbouring channels
 };
@@ -68,51 +75,58 @@ struct TensorConv {
 // Whether eight outputs of a pixel are 16-byte pieces of y.
 LP_HD bool writes_rows(const TensorConv& p) { return p.y_vector && !p.out_index; }
 
-LP_HD int kw_magic_of(int64_t kw) { return int(65536 / kw + 1); }
-
-// A position in the depth list, advanced by a fixed number of chunks.
+// A position in the depth list, advanced by the chunks of a step.
 struct DepthCursor {
-  int tap, chunk;
-  LP_HD static DepthCursor at(const TensorConv& p, int q) { return DepthCursor{q / p.chunks, q % p.chunks}; }
-  LP_HD void advance(const TensorConv& p, int taps, int chunks) {
-    tap += taps;
-    chunk += chunks;
-    if (chunk >= p.chunks) {
-      chunk -= p.chunks;
-      ++tap;
-    }
+  int row, column, chunk;  // the tap's place in the kernel; a chunk of it
+  LP_HD static DepthCursor at(const TensorConv& p, int q) {
+    const int tap = q / p.chunks;
+    return DepthCursor{tap / p.kw, tap % p.kw, q % p.chunks};
+  }
+  LP_HD void advance(const TensorConv& p) {
+    chunk += p.step.chunk, column += p.step.column, row += p.step.row;
+    if (chunk >= p.chunks) chunk -= p.chunks, ++column;
+    if (column >= p.kw) column -= p.kw, ++row;
   }
 };
 
-// The window of an output pixel: its image's offset and where tap (0, 0) lies.
+// The window of an output pixel: where the first channel under tap (0, 0) lies, which need not exist, and what of the kernel
+// lies outside the map: bit r for row r of taps, bit kMostTaps + c for column c.
 struct Window {
-  int64_t image;
-  int h, w;
-};
-
-LP_HD Window window_of(const TensorConv& p, int m) {
-  if (m >= p.pixels) return Window{0, -(1 << 28), 0};  // outside for every tap
-  const int per_image = p.out_h * p.out_w;
-  const int n = m / per_image, rest = m - n * per_image, oh = rest / p.out_w, ow = rest - oh * p.out_w;
-  return Window{n * p.x_n, oh * p.stride_h - p.pad_h, ow * p.stride_w - p.pad_w};
-}
-
-// How many bytes of the 16 at `offset` (elements) exist; the others read as zero.
-struct Piece {
-  int64_t offset;
-  int bytes;
+  uintptr_t corner;
+  uint32_t outside;
 };
 
 template <class S>
-LP_HD Piece input_piece(const TensorConv& p, const Window& window, const DepthCursor& d) {
-  const int dh = (d.tap * p.kw_magic) >> 16, dw = d.tap - dh * p.kw;
-  const int h = window.h + dh * p.dil_h, w = window.w + dw * p.dil_w;
-  const bool inside = d.tap < p.taps && unsigned(h) < unsigned(p.height) && unsigned(w) < unsigned(p.width);
-  const int left = p.channels - d.chunk * S::kLanes;
-  const int count = left < S::kLanes ? left : S::kLanes;
-  if (!inside || count <= 0) return Piece{0, 0};
-  return Piece{window.image + int64_t(h) * p.x_h + int64_t(w) * p.x_w + d.chunk * S::kLanes,
-               count * int(sizeof(typename S::Element))};
+LP_HD Window window_of(const TensorConv& p, int m) {
+  if (m >= p.pixels) return Window{0, ~0u};
+  const uintptr_t x = reinterpret_cast<uintptr_t>(p.x), bytes = sizeof(typename S::Element);
+  if (p.x_linear) return Window{x + uintptr_t(int64_t(m) * p.x_w) * bytes, 0};
+  const int per_image = p.out_h * p.out_w;
+  const int n = m / per_image, rest = m - n * per_image, oh = rest / p.out_w, ow = rest - oh * p.out_w;
+  const int h = oh * p.stride_h - p.pad_h, w = ow * p.stride_w - p.pad_w;
+  Window r{x + uintptr_t(n * p.x_n + int64_t(h) * p.x_h + int64_t(w) * p.x_w) * bytes, 0};
+#pragma unroll 1
+  for (int k = 0; k < p.kh; ++k) r.outside |= uint32_t(unsigned(h + k * p.dil_h) >= unsigned(p.height)) << k;
+#pragma unroll 1
+  for (int k = 0; k < p.kw; ++k) r.outside |= uint32_t(unsigned(w + k * p.dil_w) >= unsigned(p.width)) << (kMostTaps + k);
+  return r;
+}
+
+// What a position in the depth list means for every window: the way in bytes from the corner to its piece, how many of the 16
+// bytes exist (the others read as zero), and the bits that must not be outside.
+struct Reach {
+  uintptr_t way;
+  int bytes;
+  uint32_t bits;
+};
+
+template <class S>
+LP_HD Reach reach_of(const TensorConv& p, const DepthCursor& d) {
+  constexpr int kBytes = int(sizeof(typename S::Element));
+  const int left = d.row < p.kh ? p.channels - d.chunk * S::kLanes : 0;
+  const int count = left < 0 ? 0 : left < S::kLanes ? left : S::kLanes;
+  const int64_t way = int64_t(d.row * p.dil_h) * p.x_h + int64_t(d.column * p.dil_w) * p.x_w + d.chunk * S::kLanes;
+  return Reach{uintptr_t(way * kBytes), count * kBytes, 1u << (d.row % kMostTaps) | 1u << (kMostTaps + d.column)};
 }
 
 // One kernel: a tile of BM pixels x BN outputs, CH chunks of depth per step, WARPS_M x WARPS_N warps; with GROUP four warps
@@ -126,7 +140,8 @@ struct Tile {
   static constexpr int BM = BM_, BN = BN_, CH = CH_, STAGES = STAGES_;
   static constexpr int kWarpsM = WARPS_M, kWarpsN = WARPS_N, kThreads = 32 * WARPS_M * WARPS_N;
   static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N, MI = WM / 16, NI = WN / 8;
-  static constexpr int kRows = BM * CH / kThreads;  // 16-byte pieces of x that a thread copies per step
+  // 16-byte pieces of x and of the weight that a thread copies per step.
+  static constexpr int kRows = BM * CH / kThreads, kWeights = (BN * CH + kThreads - 1) / kThreads;
   // A chunk is a plane of BM rows of 16 bytes. The gap between planes spreads the copies of one row over all banks.
   static constexpr int kPlaneA = BM * 16 + (CH == 4 ? 32 : 16), kPlaneB = BN * 16;
   static constexpr int kStageBytes = CH * (kPlaneA + kPlaneB);

@@ -111,9 +111,10 @@ inline bool tensor_cores_take(const CompactForward& f) {
     return !v.data || (v.h >= 0 && v.w >= 0 && v.h * height < limit && v.w * width < limit);
   };
   return f.lanes > 0 && reinterpret_cast<uintptr_t>(f.tensor_weight) % 16 == 0 && f.dtype != DType::f64 && s.channels > 0 &&
-         taps <= 256 && s.n * s.out_h * s.out_w < limit && s.height * s.width * round_up(s.channels, 8) < limit &&
-         taps * round_up(s.channels, 8) < limit / 16 && s.height < span && s.width < span && s.pad_h < span && s.pad_w < span &&
-         s.kh * s.dil_h < span && s.kw * s.dil_w < span && fits(f.x, s.height, s.width) && fits(f.y, s.out_h, s.out_w) &&
+         (s.groups > 1 ? taps <= 256 : s.kh <= kMostTaps && s.kw <= kMostTaps) && s.n * s.out_h * s.out_w < limit &&
+         s.height * s.width * round_up(s.channels, 8) < limit && taps * round_up(s.channels, 8) < limit / 16 &&
+         s.outputs < span && s.height < span && s.width < span && s.pad_h < span && s.pad_w < span && s.kh * s.dil_h < span &&
+         s.kw * s.dil_w < span && fits(f.x, s.height, s.width) && fits(f.y, s.out_h, s.out_w) &&
          fits(f.residual, s.out_h, s.out_w);
 }
 
@@ -136,13 +137,16 @@ inline TensorConv tensor_params(const CompactForward& f, const View& x, const La
   TensorConv p{};
   p.x = x.data, p.weight = f.tensor_weight, p.bias = f.bias, p.residual = f.residual.data, p.y = f.y.data;
   p.partial = partial, p.out_index = f.out_index.index;
-  p.x_n = x.n, p.x_h = int(x.h), p.x_w = int(x.w);
+  // The stride of a single row may be anything, and addresses beyond it, which are made but not read, keep to 16 bytes.
+  p.x_n = s.n > 1 ? x.n : 0, p.x_h = s.height > 1 ? int(x.h) : 0, p.x_w = s.width > 1 ? int(x.w) : 0;
   p.y_n = f.y.n, p.y_c = f.y.c, p.y_h = int(f.y.h), p.y_w = int(f.y.w);
   p.r_n = f.residual.n, p.r_c = f.residual.c, p.r_h = int(f.residual.h), p.r_w = int(f.residual.w);
   p.height = int(s.height), p.width = int(s.width), p.out_h = int(s.out_h), p.out_w = int(s.out_w);
   p.pixels = int(s.n * s.out_h * s.out_w);
   p.channels = int(s.channels), p.chunks = int(round_up(s.channels, 8) / f.lanes);
-  p.taps = int(s.kh * s.kw), p.kw = int(s.kw), p.kw_magic = kw_magic_of(s.kw);
+  p.taps = int(s.kh * s.kw), p.kh = int(s.kh), p.kw = int(s.kw);
+  const int step_chunks = kTiles[launch.tile].ch, step_taps = step_chunks / p.chunks;
+  p.step.row = step_taps / p.kw, p.step.column = step_taps % p.kw, p.step.chunk = step_chunks % p.chunks;
   p.stride_h = int(s.stride_h), p.stride_w = int(s.stride_w), p.pad_h = int(s.pad_h), p.pad_w = int(s.pad_w);
   p.dil_h = int(s.dil_h), p.dil_w = int(s.dil_w);
   p.outputs = int(s.outputs), p.columns = int(round_up(s.outputs, 8)), p.y_channels = int(f.y_channels);
@@ -156,6 +160,7 @@ inline TensorConv tensor_params(const CompactForward& f, const View& x, const La
     return (s.out_h == 1 || s.out_w == 1 || v.h == s.out_w * v.w) &&
            (s.n == 1 || (v.w > 0 && v.n == s.out_h * s.out_w * v.w)) && (s.out_w > 1 || s.out_h == 1 || v.h == v.w);
   };
+  p.x_linear = p.taps == 1 && s.stride_h * s.stride_w == 1 && s.pad_h == 0 && s.pad_w == 0 && linear(x) && s.out_w > 1;
   p.y_linear = linear(f.y) && (!f.residual.data || linear(f.residual)) && s.out_w > 1;
   p.pixels_first = f.y.w < f.y.c;
   return p;
