@@ -31,6 +31,7 @@ namespace LP_ISA {
 #include "strassen.h"
 #include "depthwise_flat.h"
 #include "depthwise.h"
+#include "depthwise_taps.h"
 #include "depth_first.h"
 #include "pool.h"
 #include "half_maps.h"
@@ -57,7 +58,7 @@ const CpuKernels& LP_JOIN(cpu_kernels_, LP_ISA)() {
                                    LP_ISA::kMostLaneChannels,
                                    LP_ISA::winograd,
                                    LP_ISA::strassen,
-                                   LP_ISA::depthwise,
+                                   LP_ISA::depthwise_in_place,
                                    LP_ISA::residual_rows,
                                    LP_ISA::inverted_residual,
                                    {LP_ISA::weight_grad<float>, LP_ISA::weight_grad<double>},
