@@ -1,11 +1,13 @@
-"""The networks of the training benchmark, each at any widths, and the widths that a share of dead channels leaves."""
+"""The networks of the training benchmarks, each at any widths, and which of their channels are dead."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from torch import Tensor, nn
 
+from lightning_prune.channels.groups import ChannelGraph, Mask
 from lightning_prune.models import resnet20
 
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
@@ -77,3 +79,15 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "vgg16": (vgg16, 32),
     "resnet18": (ResNet18, 64),
 }
+
+
+def random_mask(graph: ChannelGraph, share: float, seed: int, multiple: int = 1) -> Mask:
+    """The same share of every group, at random; at least one channel of each stays, if possible a ``multiple``."""
+    generator = np.random.default_rng(seed)
+    mask = np.ones(graph.num_channels, dtype=bool)
+    for group in graph.groups:
+        dead = min(group.size - 1, round(share * group.size))
+        spare = -(group.size - dead) % multiple
+        dead -= spare if spare <= dead else 0
+        mask[group.start + generator.choice(group.size, dead, replace=False)] = False
+    return mask

@@ -1,8 +1,8 @@
 """How fast is a training step while channels die? Against the dense, the physically small and the multiplied network.
 
-A step is forward, cross-entropy, backward and SGD with momentum on a batch of 64; one CPU thread, process CPU time. All
-variants of a network and a share run in turns, so that whatever disturbs the machine disturbs all of them; the ratios are of
-medians.
+A step is forward, cross-entropy, backward and SGD with momentum on a batch of 64; one CPU thread, process CPU time. On more
+threads it is the clock on the wall that counts. All variants of a network and a share run in turns, so that whatever disturbs
+the machine disturbs all of them; the ratios are of medians.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from cpu_runtimes import machine
 from torch import Tensor, nn
-from training_models import NETWORKS
+from training_models import NETWORKS, random_mask
 
 from lightning_prune import CompactionPlan, compact, trace_channels
 from lightning_prune.channels.groups import ChannelGraph, Mask
@@ -37,6 +36,8 @@ from lightning_prune.weights import WeightKeeper
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 SHARES = (0.0, 0.25, 0.5, 0.75)
+COMPILED = (0.0, 0.5)
+PEERS = ("dense", "small", "multiplied")
 
 
 def arguments() -> argparse.Namespace:
@@ -49,24 +50,15 @@ def arguments() -> argparse.Namespace:
         "--compile",
         nargs="*",
         type=float,
-        default=list(SHARES),
+        default=list(COMPILED),
         help="shares with torch.compile as a peer; under a minute with `resnet20 --shares 0 0.5 --compile 0 0.5 --rounds 5`",
     )
+    parser.add_argument("--threads", type=int, default=1, help="more than one: by the clock on the wall")
     parser.add_argument(
         "--quick", action="store_true", help="batch 8, three rounds, no torch.compile, nothing written"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
-
-
-def random_mask(graph: ChannelGraph, share: float, seed: int) -> Mask:
-    """The same share of every group, at random; at least one channel of each stays."""
-    generator = np.random.default_rng(seed)
-    mask = np.ones(graph.num_channels, dtype=bool)
-    for group in graph.groups:
-        dead = min(group.size - 1, round(share * group.size))
-        mask[group.start + generator.choice(group.size, dead, replace=False)] = False
-    return mask
 
 
 Step = Callable[[], None]
@@ -104,11 +96,12 @@ class Variants:
         self.graph = trace_channels(self.dense, self.x[:1])
         self.mask = random_mask(self.graph, share, seed=1)
         self.steps: dict[str, Step] = {}
-        self.plain("dense", self.dense, compiled and share == 0)
+        self.plain("dense", self.dense, compiled)
         if share > 0:
             plan = CompactionPlan.from_mask(self.graph, self.mask)
             self.plain("small", compact(self.dense, self.x[:2], plan), compiled)
-        self.multiplied()
+        for label in FORMATS:
+            self.multiplied(label)
         self.ours()
         if share > 0:
             self.reconfigured()
@@ -122,9 +115,9 @@ class Variants:
                 twin = torch.compile(copy.deepcopy(own))
                 self.steps[f"{name} compiled"] = step_of(twin, x, self.labels)
 
-    def _gated(self) -> nn.Module:
-        """The masked network in channels_last, a learned gate on every channel that can have one."""
-        model = copy.deepcopy(self.dense).to(memory_format=torch.channels_last)
+    def _gated(self, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
+        """The masked network, a learned gate on every channel that can have one."""
+        model = copy.deepcopy(self.dense).to(memory_format=memory_format)
         keeper = WeightKeeper(model, self.graph)
         keeper.set_mask(self.mask)
         keeper.zero_dead()
@@ -133,10 +126,9 @@ class Variants:
         GateHooks(model, self.graph, lambda training: gates).attach()
         return model
 
-    def multiplied(self) -> None:
-        model = self._gated()
-        x = self.x.contiguous(memory_format=torch.channels_last)
-        self.steps["multiplied"] = step_of(model, x, self.labels)
+    def multiplied(self, label: str) -> None:
+        x = self.x.contiguous(memory_format=FORMATS[label])
+        self.steps[f"multiplied {label}"] = step_of(self._gated(FORMATS[label]), x, self.labels)
 
     def ours(self) -> None:
         model = self._gated()
@@ -177,27 +169,32 @@ def measure(name: str, share: float, options: argparse.Namespace) -> dict[str, A
     failed = {label: error for label, step in variants.steps.items() if (error := warm_up(label, step))}
     for label in failed:
         del variants.steps[label]
+    clock = time.process_time if options.threads == 1 else time.perf_counter
     times: dict[str, list[float]] = {label: [] for label in variants.steps}
     for _ in range(options.rounds):
         for label, step in variants.steps.items():
-            start = time.process_time()
+            start = clock()
             step()
-            times[label].append(time.process_time() - start)
+            times[label].append(clock() - start)
     medians = {label: statistics.median(seconds) for label, seconds in times.items()}
-    row: dict[str, Any] = {
-        "network": name,
-        "dead": share,
-        "milliseconds": {k: round(v * 1e3, 2) for k, v in medians.items()},
-    }
-    for peer in ("dense", "small", "multiplied"):
-        best = min((v for k, v in medians.items() if k.startswith(peer)), default=None)
-        if best is not None:
-            row[f"vs_{peer}"] = round(best / medians["ours"], 3)
-            if "reconfigured" in medians:
-                row[f"reconfigured_vs_{peer}"] = round(best / medians["reconfigured"], 3)
-            row[f"best_{peer}"] = min((k for k in medians if k.startswith(peer)), key=lambda k: medians[k])
+    row = {"network": name, "dead": share, **compared(medians)}
     if failed:
         row["failed"] = failed
+    return row
+
+
+def compared(medians: dict[str, float]) -> dict[str, Any]:
+    """Milliseconds of every variant (label -> seconds), the fastest of every peer's, and how much longer it takes than ours."""
+    row: dict[str, Any] = {"milliseconds": {k: round(v * 1e3, 2) for k, v in medians.items()}}
+    for peer in PEERS:
+        labels = [label for label in medians if label.split()[0] == peer]
+        if not labels:
+            continue
+        best = min(labels, key=medians.__getitem__)
+        row[f"best_{peer}"] = best
+        row[f"vs_{peer}"] = round(medians[best] / medians["ours"], 3)
+        if "reconfigured" in medians:
+            row[f"reconfigured_vs_{peer}"] = round(medians[best] / medians["reconfigured"], 3)
     return row
 
 
@@ -208,12 +205,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         cells = [row["network"], f"{row['dead']:.0%}", f"{row['milliseconds']['ours']:.1f}"]
-        for peer in ("dense", "small", "multiplied"):
+        for peer in PEERS:
             best = row.get(f"best_{peer}")
             if best is None:
                 cells += ["", ""]
                 continue
-            cells += [f"{row['milliseconds'][best]:.1f} ({best.removeprefix(peer).strip() or 'nhwc'})"]
+            cells += [f"{row['milliseconds'][best]:.1f} ({best.removeprefix(peer).strip()})"]
             cells += [f"{row[f'vs_{peer}']:.2f}"]
         cut = row["milliseconds"].get("reconfigured")
         cells += [f"{cut:.1f}", f"{row['reconfigured_vs_small']:.2f}"] if cut is not None else ["", ""]
@@ -228,11 +225,11 @@ def environment() -> dict[str, Any]:
 
 def main() -> None:
     options = arguments()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     if options.quick:
         options.rounds, options.batch, options.compile, options.shares = 3, 8, [], [0.0, 0.5]
     facts = environment() | {
-        "clock": "process CPU time, median",
+        "clock": f"{'process CPU' if options.threads == 1 else 'wall'} time, median",
         "rounds": options.rounds,
         "batch": options.batch,
         "torch.compile among the peers at": options.compile,
@@ -244,13 +241,14 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
             torch.compiler.reset()
         if not options.quick:
-            write(rows, facts, options.out)
+            write(rows, facts, options.out, options.threads)
     print(table(rows))
 
 
-def write(rows: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> None:
+def write(rows: list[dict[str, Any]], facts: dict[str, Any], folder: Path, threads: int) -> None:
+    name = "training_step" if threads == 1 else f"training_step-{threads}-threads"
     notes = [
-        "# A training step on one CPU thread\n",
+        f"# A training step on {'one CPU thread' if threads == 1 else f'{threads} CPU threads'}\n",
         "Forward, loss, backward and SGD with momentum. Ours: the full-size network, a learned gate on every channel, dead "
         "channels at zero. Small: the compacted network of the same widths. Multiplied: the gated network with torch's "
         "kernels. Cut: gated too, after `reconfigure_every_n_epochs` (by default at the selection) has cut dead channels out. "
@@ -259,9 +257,9 @@ def write(rows: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> No
         *(f"- {key}: {value}" for key, value in facts.items() if key != "features"),
         "",
     ]
-    write_atomically(folder / "training_step.md", ("\n".join(notes) + "\n" + table(rows) + "\n").encode())
+    write_atomically(folder / f"{name}.md", ("\n".join(notes) + "\n" + table(rows) + "\n").encode())
     content = {"environment": facts, "rows": rows}
-    write_atomically(folder / "training_step.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(folder / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
