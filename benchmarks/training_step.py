@@ -84,6 +84,16 @@ def step_of(
     return step
 
 
+def with_skipper(skipper: DeadChannelSkipper, step: Step) -> Step:
+    """The step as it begins in a fit."""
+
+    def whole() -> None:
+        skipper.next_step()
+        step()
+
+    return whole
+
+
 class Variants:
     """The same network several times, as steps to be timed."""
 
@@ -135,7 +145,8 @@ class Variants:
         skipper = DeadChannelSkipper(model, self.graph, self.x[:1])
         skipper.set_mask(self.mask)
         x = self.x.contiguous(memory_format=torch.channels_last)
-        self.steps["ours"] = step_of(model, x, self.labels, (self.graph, self.mask))
+        step = step_of(model, x, self.labels, (self.graph, self.mask))
+        self.steps["ours"] = with_skipper(skipper, step)
 
     def reconfigured(self) -> None:
         """Dead channels cut out of parameters and optimizer, a gate on every channel that is left; nothing to hold at zero."""
@@ -147,9 +158,11 @@ class Variants:
         cutter.cut(self.mask, self.x[:2])
         gates = nn.Parameter(torch.ones(self.graph.num_channels))
         GateHooks(model, cutter.graph, lambda training: gates).attach()
-        DeadChannelSkipper(model, cutter.graph).set_mask(self.mask)
+        skipper = DeadChannelSkipper(model, cutter.graph)
+        skipper.set_mask(self.mask)
         x = self.x.contiguous(memory_format=torch.channels_last)
-        self.steps["reconfigured"] = step_of(model.train(), x, self.labels)
+        step = step_of(model.train(), x, self.labels)
+        self.steps["reconfigured"] = with_skipper(skipper, step)
 
 
 def warm_up(label: str, step: Step) -> str | None:

@@ -188,7 +188,7 @@ class ChannelPruning(pl.Callback):
         self._schedule: Schedule | None = None
         self._fit: PruningFit | None = None
         self._resumed: dict[str, Any] = {}
-        self._last_step = -1
+        self._last_step = self._begun_step = -1
         self._recent = RecentBatches(max(wanted_batches(recalibrate), _RECENT_BATCHES * reconstruct))
         self._meter = TrainingMeter()
 
@@ -232,6 +232,9 @@ class ChannelPruning(pl.Callback):
             self._fit = PruningFit(self.config, pl_module, require_inputs(self._given_inputs, batch))
             self._begin(trainer, pl_module)
             self._enter(trainer, pl_module)
+        if self._fit.skipper is not None and trainer.global_step != self._begun_step:
+            self._fit.skipper.next_step()
+        self._begun_step = trainer.global_step
         if self._fit.plan is None and trainer.global_step == self.config.rewind_to:
             self._fit.remember(pl_module)
         if self.config.recalibrate or (self._fit.plan is None and self.config.reconstruct):

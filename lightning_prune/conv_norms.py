@@ -1,8 +1,8 @@
 """A convolution and the batch norm that alone reads it as one operator, in a training step.
 
 With few live channels calling two operators, through two modules and two nodes of autograd's graph, takes longer than what
-they compute. Which kernels compute the two is decided apart; where both have been decided for the compiled ones, the next
-call is one.
+they compute. Which kernels compute the two is decided apart; where both have been decided for the compiled ones, the calls of
+the next step are one.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ class Convolution(Protocol):
 
     Attributes:
         pairs: kind of call -> how it is computed together with the norm, None: apart. Whoever changes what lives clears it.
+        new_pairs: what is to be added to ``pairs`` when the next step begins: parts that are checkpointed are computed twice in
+            one step, and both times alike.
         hooks: those on the module that do nothing but choose its kernel.
         heard: keys of the hooks on the module, whether those beside ``hooks`` are gates, and whose; None: not looked at yet.
     """
 
     pairs: dict[tuple[Any, ...], Pair | None]
+    new_pairs: dict[tuple[Any, ...], Pair | None]
     hooks: tuple[Any, ...]
     heard: tuple[tuple[int, ...], bool, GateHooks | None] | None
 

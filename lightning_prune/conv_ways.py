@@ -81,6 +81,22 @@ class ConvCall:
         )
 
 
+def kind_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, compact: bool
+) -> tuple[Any, ...]:
+    """The kind of a call; before the last, whether it is in channels_last, and before that, what needs gradients."""
+    leaves = (x, weight, bias, gate)
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves)
+    last = channels_last(x) or channels_last(weight)  # the vendor's result is in channels_last if either is
+    # Compact maps change their width with every channel that dies: what was measured holds until the next step.
+    return (len(x), compact or x.shape[1], *x.shape[2:], x.dtype, needs, last, gate is None)
+
+
+def channels_last(tensor: Tensor) -> bool:
+    """Whether a map or a weight is in channels_last and in no other format."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, call: ConvCall) -> Tensor:
     """By torch; differentiable to any order."""
     weight, bias, gate, groups = _sliced(weight, bias, gate, call)

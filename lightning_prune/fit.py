@@ -250,13 +250,13 @@ class PruningFit:
                 self.graph, self.cost, mask, self.config.target, self.config.round_to
             )
 
-    def _set_mask(self, mask: Mask) -> None:
+    def _set_mask(self, mask: Mask, now: bool = True) -> None:
         assert self.keeper is not None
         self._held = mask
         self.keeper.set_mask(mask)
         self.step_macs = self.macs.cost(mask)
         if self.skipper is not None:
-            self.skipper.set_mask(mask)
+            self.skipper.set_mask(mask, now)
 
     def release(self) -> None:
         """Take every hook off the model, which is full-size again."""
@@ -310,7 +310,7 @@ class PruningFit:
             learner.gates.synchronise(reduce)
             learner.unscale(loss_scale)
             if learner.step():
-                self._set_mask(learner.held())
+                self._set_mask(learner.held(), now=False)
         if self._freeze_weights:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:

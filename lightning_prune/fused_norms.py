@@ -217,17 +217,17 @@ class _NormCall(ExchangedCall):
         return found[0] is mean and found[1] is var and found[2] is tracked
 
     def remember(self, site: Site, middle: Tensor) -> None:
-        """Both parts have been computed, apart, by way of ``middle``: may it be one call from now on?"""
+        """Both parts have been computed, apart, by way of ``middle``: may it be one call from the next step on?"""
         x, weight, bias, gate, *_ = site.tensors
         statistics = self._statistics()
         way = site.known.one_way(x, weight, bias, gate)
         fits = statistics is not None and (statistics[0] is None or running_fits(*statistics, middle))
         if way is None or statistics is None or not fits:
-            site.known.pairs[site.kind] = None
+            site.known.new_pairs[site.kind] = None
             return
         live = self.live if self.live is not None and middle.shape[1] == len(self.live) else None
         of = 0 if live is None else self.module.num_features
-        site.known.pairs[site.kind] = pair_of(*way, weight, bias, gate, live, of, statistics)
+        site.known.new_pairs[site.kind] = pair_of(*way, weight, bias, gate, live, of, statistics)
 
     def _wins(self, x: Tensor, residual: Tensor | None, activation: str) -> bool:
         norm = self.module

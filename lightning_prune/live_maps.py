@@ -138,7 +138,7 @@ class LiveMaps:
             self.running = False
 
     def full(self) -> None:
-        """A call of the whole network runs with full maps."""
+        """What is computed again in a backward pass had full maps: parts of a call of the whole network, or of no such call."""
         self._last = False
 
     def detach(self) -> None:
@@ -171,7 +171,8 @@ class _WholeCall(ExchangedCall):
             return call(*args, **kwargs)
         if self.maps.ready(self.module, args):
             return self.maps.run(call, *args, **kwargs)
-        self.maps.full()
+        if torch.is_grad_enabled():  # else nothing of it is computed again
+            self.maps.full()
         return call(*args, **kwargs)
 
 

@@ -56,7 +56,7 @@ class _Layer:
         share: of the multiply-accumulates that live.
         wanted: whether maps that come out of it hold live channels only.
         memory: for the gradient of its weight.
-        hooks, heard, pairs: see :class:`lightning_prune.conv_norms.Convolution`.
+        hooks, heard, pairs, new_pairs: see :class:`lightning_prune.conv_norms.Convolution`.
         verdicts: kind of call -> step of ``share`` at which it was measured, and what came out.
     """
 
@@ -73,6 +73,7 @@ class _Layer:
     hooks: tuple[Any, ...] = ()
     heard: tuple[tuple[int, ...], bool, GateHooks | None] | None = None
     pairs: dict[tuple[Any, ...], Pair | None] = field(default_factory=dict)
+    new_pairs: dict[tuple[Any, ...], Pair | None] = field(default_factory=dict)
     verdicts: dict[tuple[Any, ...], tuple[int, Choice]] = field(default_factory=dict)
 
     def set_mask(self, mask: Mask) -> None:
@@ -86,6 +87,12 @@ class _Layer:
         self.live_in, self.live_out = live_indices(ins, device), live_indices(outs, device)
         self.share = float(outs.mean() * (1.0 if depthwise else ins.mean()))
         self.pairs.clear()
+        self.new_pairs.clear()
+
+    def next_step(self) -> None:
+        """See :meth:`DeadChannelSkipper.next_step`."""
+        self.pairs |= self.new_pairs
+        self.new_pairs.clear()
 
     def call(self, compact: bool = False) -> ConvCall:
         """The convolution of maps that hold all channels, or the live ones alone."""
@@ -110,9 +117,9 @@ class _Layer:
             compact and self.live_in is not None and x.shape[1] != len(self.live_in)
         ):
             return None
-        key = _kind(x, weight, bias, gate, compact)
+        key = conv_ways.kind_of(x, weight, bias, gate, compact)
         needs, last = key[-3], key[-2]
-        if last != _channels_last(x):  # it would be copied
+        if last != conv_ways.channels_last(x):  # it would be copied
             return None
         choice = self.verdicts.get(key, (0, ALL_PLAIN))[1]
         parts = (True, needs[0], any(needs[1:]))
@@ -166,6 +173,7 @@ class DeadChannelSkipper:
 
     def _attach(self, graph: ChannelGraph) -> None:
         self._attached, self._graph = True, graph
+        self._due: Mask | None = None
         self._layers = _layers(self._model, graph, self._steps) if extension_available() else []
         self._norms = FusedNorms(self._model, {layer.module for layer in self._layers})
         for layer in self._layers:
@@ -203,8 +211,26 @@ class DeadChannelSkipper:
             self.detach()
             self._attach(graph)
 
-    def set_mask(self, mask: Mask) -> None:
-        """Skip the channels where ``mask`` (bool, shape [num_channels]) is False; their weights must be zero."""
+    def next_step(self) -> None:
+        """No graph of an earlier step will be walked any more: take up what has been found or set since.
+
+        Checkpointed parts of the network are computed again in the backward pass, and have to save the same tensors then.
+        """
+        if self._due is not None:
+            self.set_mask(self._due)
+        for layer in self._layers:
+            layer.next_step()
+        if self._maps is not None:
+            self._maps.full()
+
+    def set_mask(self, mask: Mask, now: bool = True) -> None:
+        """Skip the channels where ``mask`` (bool, shape [num_channels]) is False; their weights must be zero.
+
+        ``now``: else at :meth:`next_step`.
+        """
+        self._due = None if now else mask
+        if not now:
+            return
         if self._device.type == "cuda":
             mask = aligned_groups(mask, self._graph, self._layers)
         if not self._attached:  # what is known of the layers may be of other sizes
@@ -286,7 +312,7 @@ def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, gat
         if compact:
             return conv_ways.plain(x, weight, bias, gate, call)
         return plain(layer.module, x, conv_ways.gated(weight, gate), bias)
-    key = _kind(x, weight, bias, gate, compact)
+    key = conv_ways.kind_of(x, weight, bias, gate, compact)
     needs, last = key[-3], key[-2]
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -302,21 +328,6 @@ def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, gat
         result: Tensor = SkippedConv.apply(x, weight, bias, gate, call, choice)
         return result.contiguous(memory_format=torch.channels_last) if last else result
     return plain(layer.module, x, conv_ways.gated(weight, gate), bias)
-
-
-def _kind(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, compact: bool
-) -> tuple[Any, ...]:
-    """The kind of a call; before the last, whether it is in channels_last, and before that, what needs gradients."""
-    leaves = (x, weight, bias, gate)
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves)
-    last = _channels_last(x) or _channels_last(weight)  # the vendor's result is in channels_last if either is
-    # Compact maps change their width with every channel that dies: what was measured holds until the next step.
-    return (len(x), compact or x.shape[1], *x.shape[2:], x.dtype, needs, last, gate is None)
-
-
-def _channels_last(tensor: Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 @torch.no_grad()

@@ -91,6 +91,12 @@ def gated(dead: float, compact: bool = True) -> tuple[Net, Net, DeadChannelSkipp
     return model, twin, skipper, gates
 
 
+def next_step(model: nn.Module) -> None:
+    for module in model.modules():
+        if (mark := module.__dict__.get(conv_norms.PAIRED)) is not None:
+            mark.value.next_step()
+
+
 def same(model: Net, twin: Net, gates: list[nn.Parameter], x: Tensor = X, call: Any = None) -> None:
     found = []
     for net, gate in zip((model, twin), gates, strict=True):
@@ -101,6 +107,7 @@ def same(model: Net, twin: Net, gates: list[nn.Parameter], x: Tensor = X, call: 
         out.square().sum().backward()
         own_grads = [p.grad if p.grad is None else p.grad * (p != 0) for p in net.parameters()]
         found.append([out.detach(), own.grad, gate.grad * (gate.grad != 0), *own_grads, *net.buffers()])
+    next_step(model)
     live = found[0][2] != 0  # of dead channels the masked network's gates have gradients
     found[1][2] = found[1][2] * live
     for a, b in zip(*found, strict=True):
@@ -218,6 +225,7 @@ def test_sequences_take_their_convolutions_along(pairs: list[str]) -> None:
         ):
             torch.testing.assert_close(a, b)
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+        next_step(model)
 
     both()
     assert not pairs
@@ -260,4 +268,5 @@ def test_a_convolution_does_not_move_behind_who_writes_to_its_input(pairs: list[
     with torch.no_grad():  # under autograd writing to what is saved is refused
         for _ in range(3):
             torch.testing.assert_close(model(X), twin(X))
+            skipper.next_step()
     assert pairs == ["relu"] * 2  # that of the stem
