@@ -24,7 +24,6 @@ from benchmarks.gpu import (
     staircase,
     tiles,
     timing,
-    training,
 )
 from lightning_prune.nn import CompactConv2d
 from lightning_prune.ops.availability import CanRun
@@ -327,19 +326,6 @@ def test_a_layer_without_our_kernel_says_why(monkeypatch: pytest.MonkeyPatch) ->
     assert "own" not in row["candidates"]
     assert row["failed"] == {"own": "not built"}
     assert row["candidates"]["vendor_padded"]["median_us"] > 0
-
-
-def test_a_training_step_has_a_row_per_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = record.Record(tmp_path, "training", "cpu")
-    assert training.measure("toy", 0.5, 4, 16, "cpu", True, kept)
-    rows = {row["form"]: row for row in json.loads(kept.path.read_text())["rows"]}
-    assert tuple(rows) == training.FORMS
-    assert all(row["median_us"] > 0 for row in rows.values())
-    assert all("dense_over_this" in rows[name] for name in training.FORMS[1:])
-    assert all(rows[name]["difference_from_masked"] < 1e-4 for name in ("cut", "cut+norms", "live_maps"))
-    monkeypatch.setattr(training, "time_left", lambda: 0.0)
-    assert not training.measure("toy", 0.5, 4, 16, "cpu", True, kept)
-    assert [row["form"] for row in kept.rows[len(rows) :]] == ["dense"]
 
 
 def test_records_are_complete_json_after_every_row(tmp_path: Path) -> None:
