@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from ..compaction import max_relative_error
 from ..compaction.apply import clone_model
 from ..inputs import ExampleInputs, describe_failure, floating_dtype, to_model
 from ..latency import compare_latency
+from ..nn import CompactConv2d, MaskedConv2d
 from ..ops.tensor_cores import tf32_allowed
 from .choice import FORMATS, backend, can_run_own, fastest_kind, one_at_a_time, pads
 from .cuda_graph import CapturedCall, signature
@@ -134,6 +136,7 @@ def optimize_for_inference(
     example_inputs: ExampleInputs,
     dtype: torch.dtype | None = None,
     cuda_graph: CudaGraph = "auto",
+    exact: bool = False,
 ) -> nn.Module:
     """A copy of ``model`` for inference, as fast as can be had here and equal to it.
 
@@ -158,6 +161,12 @@ def optimize_for_inference(
         dtype: of weights, inputs and outputs; None keeps the model's.
         cuda_graph: capture calls of the example's shapes on a GPU: "auto" where it can be done, True raises where it
             cannot, False never. Ignored on a CPU.
+        exact: our kernels never use Winograd's or Strassen's algorithm, or, on a GPU, tf32, whose rounding errors differ from
+            those of the plain sum; nor do :class:`lightning_prune.nn.CompactConv2d` and ``MaskedConv2d`` in the copy of
+            ``model``. In float32 every output of one of our convolutions is then within ``(n + 3) * 2**-24`` of its own sum of
+            ``|x| * |weight|``, bias and residual included, n the number of products; with Winograd it is the largest sum of its
+            tile that counts. Slower: 3x3 up to two times. Torch's kernels, where they are faster, sum directly on the CPU;
+            on a GPU they do what ``torch.backends.cudnn`` allows.
 
     Returns:
         OptimizedModule: deep-copies, pickles, saves and loads its ``state_dict``; on a CPU it may be called from several
@@ -178,6 +187,8 @@ def optimize_for_inference(
         raise ValueError(f"dtype must be one of {names} or None; got {dtype!r}")
     backend()  # a misspelt value shows before any work
     base = clone_model(model).eval()
+    if exact:
+        _sum_directly(base)
     inputs = to_model(example_inputs, base)
     try:
         error = max_relative_error(base, base, inputs)
@@ -187,7 +198,7 @@ def optimize_for_inference(
     limit, best = _limit(base, plain, inputs, dtype), plain
     for kind in (SymbolicBlueprint, RecordedBlueprint) if error <= TOLERANCE[torch.float32] else ():
         blueprint = _try(kind, base, inputs)
-        candidates = [] if blueprint is None else _candidates(blueprint, dtype, cuda_graph)
+        candidates = [] if blueprint is None else _candidates(blueprint, dtype, cuda_graph, exact)
         equal = [c for c in candidates if _error(base, c, inputs) <= limit]
         if equal:
             with one_at_a_time():
@@ -208,6 +219,15 @@ def _limit(base: nn.Module, plain: nn.Module, inputs: ExampleInputs, dtype: torc
         # Both networks round, each in its own order; what rounding costs at all is the yardstick.
         limit = max(limit, min(3 * _error(_WithoutTf32(base), base, inputs), TOLERANCE[torch.float16]))
     return limit if dtype in (None, own) else max(limit, 2 * max(_error(base, plain, inputs), 0.0))
+
+
+def _sum_directly(network: nn.Module) -> None:
+    """Modules of this package that the network holds already, too."""
+    for module in network.modules():
+        if isinstance(module, (CompactConv2d, MaskedConv2d)):
+            module.exact = True
+        if isinstance(module, CompactConv2d):
+            module._pack(module.weight)
 
 
 def _rounds_to_tf32(base: nn.Module) -> bool:
@@ -249,43 +269,45 @@ def _try(
 
 
 def _candidates(
-    blueprint: Blueprint, dtype: torch.dtype | None, cuda_graph: CudaGraph
+    blueprint: Blueprint, dtype: torch.dtype | None, cuda_graph: CudaGraph, exact: bool
 ) -> list[OptimizedModule]:
     """Networks to choose from, torch's kernels first."""
     mode, found = backend(), []
-    vendor = [("vendor",) * len(blueprint.sites)]
+    sites = _sites(blueprint, exact)
+    vendor = [("vendor",) * len(sites)]
     for name in FORMATS:
         kinds = [] if mode == "own" else list(vendor)
         if mode == "auto" and name == "channels_last":
-            kinds.append(
-                tuple("padded" if pads(s, s.conv.weight.device) else "vendor" for s in blueprint.sites)
-            )
+            kinds.append(tuple("padded" if pads(s, s.conv.weight.device) else "vendor" for s in sites))
         if mode != "vendor":
-            kinds.append(tuple(_kind(site, dtype, mode, name) for site in blueprint.sites))
+            kinds.append(tuple(_kind(site, dtype, mode, name) for site in sites))
         for choice in dict.fromkeys(kinds):
             modules: list[nn.Module] = [
-                getattr(site, kind)() or site.vendor()
-                for site, kind in zip(blueprint.sites, choice, strict=True)
+                getattr(site, kind)() or site.vendor() for site, kind in zip(sites, choice, strict=True)
             ]
             network = clone_model(blueprint.build(modules)).to(dtype).to(memory_format=FORMATS[name])  # type: ignore[call-overload]
-            layers = {site.name: kind for site, kind in zip(blueprint.sites, choice, strict=True)}
+            layers = {site.name: kind for site, kind in zip(sites, choice, strict=True)}
             found.append(OptimizedModule(network, name, dtype, layers, cuda_graph))
-    return found if mode == "vendor" else found + _segmented(blueprint, dtype)
+    return found if mode == "vendor" else found + _segmented(blueprint, dtype, exact)
 
 
-def _segmented(blueprint: Blueprint, dtype: torch.dtype | None) -> list[OptimizedModule]:
+def _sites(blueprint: Blueprint, exact: bool) -> list[ConvSite]:
+    return [replace(site, exact=exact) for site in blueprint.sites]
+
+
+def _segmented(blueprint: Blueprint, dtype: torch.dtype | None, exact: bool = False) -> list[OptimizedModule]:
     """Networks whose runs of layers are single calls: everything ours, since a call of torch would cut a run in two."""
-    weights = [site.conv.weight for site in blueprint.sites]
+    sites = _sites(blueprint, exact)
+    weights = [site.conv.weight for site in sites]
     if not weights or any(w.is_cuda or (dtype or w.dtype) is not torch.float32 for w in weights):
         return []
-    able = [can_run_own(site, torch.float32, site.conv.weight.device) for site in blueprint.sites]
+    able = [can_run_own(site, torch.float32, site.conv.weight.device) for site in sites]
     modules: list[nn.Module] = [
-        (site.own() if own else None) or site.vendor()
-        for site, own in zip(blueprint.sites, able, strict=True)
+        (site.own() if own else None) or site.vendor() for site, own in zip(sites, able, strict=True)
     ]
     network = clone_model(blueprint.build(modules)).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    layers = {site.name: "own" if own else "vendor" for site, own in zip(blueprint.sites, able, strict=True)}
-    batch = blueprint.sites[0].shape[0]
+    layers = {site.name: "own" if own else "vendor" for site, own in zip(sites, able, strict=True)}
+    batch = sites[0].shape[0]
     found = in_segments(network, batch)
     formats = ["contiguous" if takes_any_layout(n) else "channels_last" for n in found]
     return [OptimizedModule(n, name, dtype, layers) for n, name in zip(found, formats, strict=True)]

@@ -39,7 +39,8 @@ class CompactSegment(nn.Module):
     more, and the batch goes through all layers slice by slice, so that a layer finds in the cache what the one before
     it wrote. The convolutions' weights are moved into one tensor, of which their buffers become views. Other shapes,
     dtypes and devices than the planned ones, and inputs that require a gradient, run layer by layer, and so does
-    everything while a convolution has hooks or a dispatch mode is active.
+    everything while a convolution has hooks or a dispatch mode is active. Under ``torch.compile`` a segment falls apart
+    into its layers likewise: the compiled graph calls one operator for each convolution.
 
     Args:
         layers: what the segment computes.

@@ -58,6 +58,7 @@ class ConvSite:
         activation: name of the fused activation, "none" without one.
         residual: whether another tensor is added before the activation: in the example run it had the output's shape.
         shape: of the input in the example run, (N, C, H, W).
+        exact: our kernel sums directly, by no algorithm that trades rounding errors for multiplications.
     """
 
     name: str
@@ -66,6 +67,7 @@ class ConvSite:
     activation: str
     residual: bool
     shape: tuple[int, ...]
+    exact: bool = False
     _packed: dict[torch.dtype, int | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -95,14 +97,16 @@ class ConvSite:
         conv = self.folded()
         strides = cast(tuple[int, int], conv.stride)
         algorithm = None
-        if strides[0] == strides[1] and strides[0] in (1, 2):
+        if not self.exact and strides[0] == strides[1] and strides[0] in (1, 2):
             # The output is about as large as the input over the stride.
             out = (-(-height // strides[0]), -(-width // strides[0]))
             known = algorithm_for(conv.weight.shape, images, *out, strides[0])
             algorithm = None if known == "auto" else known
         module = SummingConv2d if self.residual else CompactConv2d
         try:
-            return module.from_conv(conv, None, self.activation, backend="own", algorithm=algorithm)
+            return module.from_conv(
+                conv, None, self.activation, exact=self.exact, backend="own", algorithm=algorithm
+            )
         except ValueError:
             return None
 
