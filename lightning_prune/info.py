@@ -80,7 +80,7 @@ def collect() -> dict[str, Any]:
             "machine": platform.machine(),
             "features": dict(build.cpu_features()) if build is not None else {},
             "levels_built": build.cpu_levels_built.split(",") if build is not None else [],
-            "level_used": build.cpu_level() if build is not None and loaded else None,
+            "level_used": availability.cpu_kernels(),
         },
         "cuda": {
             "torch": torch.version.cuda,

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "../include/pages.h"
+#include "../kernels/cpu/tap_conv.h"
 
 namespace lp {
 
@@ -211,6 +212,7 @@ void* Scratch::allocate(size_t bytes) {
 }
 
 Env Scratch::env() {
+  if (!like_.is_cuda()) cpu_level_name();  // a misspelt level is refused here, not in a thread of a pool, which cannot throw
   return Env{int(torch::stable::get_num_threads()),
              [](int64_t n, void (*body)(int64_t, int64_t, void*), void* ctx) {
                // A plain lambda and not the template: the callback already has the C signature.

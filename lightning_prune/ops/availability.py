@@ -40,6 +40,15 @@ def cuda_built() -> bool:
     return extension_available() and info is not None and bool(info.cuda_version)
 
 
+def cpu_kernels() -> str | None:
+    """Which compiled kernels run on the CPU now: ``portable``, ``avx2`` or ``avx512``; None without the extension.
+
+    Raises:
+        RuntimeError: ``LIGHTNING_PRUNE_CPU_LEVEL`` is set to something else.
+    """
+    return str(torch.ops.lightning_prune.kernel_table()[0]) if extension_available() else None
+
+
 def warn_if_unavailable() -> None:
     """Warn that the slow pure-torch path is in use; `warnings` shows it once per process."""
     reason = unavailable_reason()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,16 +98,47 @@ def test_can_run_explains_each_refusal() -> None:
 
 @pytest.mark.skipif(not ops.extension_available(), reason="no compiled extension")
 def test_cpu_level_is_capped_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the table says that the operators run, and by what the library without torch says."""
     build = _loading.build_info()
     assert build is not None
     for level in LEVELS:
+        for spelling in (level, level.upper()):
+            monkeypatch.setenv("LIGHTNING_PRUNE_CPU_LEVEL", spelling)
+            assert (availability.cpu_kernels(), build.cpu_level()) == (level, level)
+    for cap in (None, "", "avx512"):  # a cap above what the CPU has does not raise the level
+        if cap is None:
+            monkeypatch.delenv("LIGHTNING_PRUNE_CPU_LEVEL")
+        else:
+            monkeypatch.setenv("LIGHTNING_PRUNE_CPU_LEVEL", cap)
+        assert (availability.cpu_kernels(), build.cpu_level()) == (LEVELS[-1], LEVELS[-1])
+
+
+@pytest.mark.skipif(not ops.extension_available(), reason="no compiled extension")
+def test_every_cpu_level_has_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = {"portable": 4, "avx2": 8, "avx512": 16}
+    for level in LEVELS:
         monkeypatch.setenv("LIGHTNING_PRUNE_CPU_LEVEL", level)
-        assert build.cpu_level() == level
-    monkeypatch.delenv("LIGHTNING_PRUNE_CPU_LEVEL")
-    assert build.cpu_level() == LEVELS[-1]
-    # A cap above what the CPU has does not raise the level.
-    monkeypatch.setenv("LIGHTNING_PRUNE_CPU_LEVEL", "avx512")
-    assert build.cpu_level() == LEVELS[-1]
+        assert torch.ops.lightning_prune.kernel_table() == (level, lanes[level])
+
+
+@pytest.mark.skipif(not ops.extension_available(), reason="no compiled extension")
+@pytest.mark.parametrize("level", ["avx-2", "avx", "avx5120", "sse", "1"])
+def test_a_misspelt_cpu_level_is_refused(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = ops.pack_conv2d_weight(WEIGHT)
+    build = _loading.build_info()
+    assert build is not None
+    monkeypatch.setenv("LIGHTNING_PRUNE_CPU_LEVEL", level)
+    calls: list[Callable[[], object]] = [
+        availability.cpu_kernels,
+        build.cpu_level,
+        lambda: ops.compact_conv2d(X, packed, None, None, None, None, WEIGHT.shape),
+        lambda: ops.masked_conv2d(X, WEIGHT),
+    ]
+    for call in calls:
+        with pytest.raises(
+            RuntimeError, match=f"must be one of portable, avx2, avx512 or unset; got '{level}'"
+        ):
+            call()
 
 
 def test_cpu_features_are_those_of_this_cpu() -> None:

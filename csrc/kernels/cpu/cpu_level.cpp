@@ -1,7 +1,8 @@
 // Run-time choice of the instruction set.
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 #if defined(__linux__)
 #include <unistd.h>
 #endif
@@ -36,11 +37,24 @@ int l1_ways() {
   return ways;
 }
 
+namespace {
+
+// Letters of either case: what is accepted does not depend on the locale.
+bool same_word(const char* given, const char* word) {
+  for (; *given && *word; ++given, ++word)
+    if ((*given >= 'A' && *given <= 'Z' ? *given - 'A' + 'a' : *given) != *word) return false;
+  return *given == *word;
+}
+
+}  // namespace
+
 const char* cpu_level_name() {
   const char* cap = std::getenv("LIGHTNING_PRUNE_CPU_LEVEL");
-  if (cap && std::strcmp(cap, "portable") == 0) return "portable";
-  if (cpu_has_avx512() && !(cap && std::strcmp(cap, "avx2") == 0)) return "avx512";
-  return cpu_has_avx2() ? "avx2" : "portable";
+  if (!cap || !*cap || same_word(cap, "avx512")) return cpu_has_avx512() ? "avx512" : cpu_has_avx2() ? "avx2" : "portable";
+  if (same_word(cap, "avx2")) return cpu_has_avx2() ? "avx2" : "portable";
+  if (same_word(cap, "portable")) return "portable";
+  throw std::runtime_error(std::string("LIGHTNING_PRUNE_CPU_LEVEL must be one of portable, avx2, avx512 or unset; got '") +
+                           cap + "'");
 }
 
 }  // namespace lp

@@ -189,7 +189,8 @@ const CpuKernels& cpu_kernels_avx512();
 int l1_ways();
 bool cpu_has_avx2();
 bool cpu_has_avx512();
-// The best level this CPU has, capped by LIGHTNING_PRUNE_CPU_LEVEL (read on every call: it is one getenv).
+// The best level this CPU has, capped by LIGHTNING_PRUNE_CPU_LEVEL (read on every call: it is one getenv). Throws where that is
+// misspelt.
 const char* cpu_level_name();
 const CpuKernels& cpu_kernels();
 
