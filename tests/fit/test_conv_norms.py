@@ -132,6 +132,44 @@ def test_the_numbers_are_those_of_two_calls(dead: float, compact: bool, last: bo
     assert len(pairs) == PAIRS
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_after_a_death_no_call_computes_the_dead(
+    compact: bool, pairs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, twin, skipper, gates = gated(0.3, compact)
+    graph = skipper._graph
+    plain, calls = fused_norms.together, []
+
+    def together(pair: Any, norm: Any, *rest: Any) -> Tensor:
+        y = plain(pair, norm, *rest)
+        lists = pair.lists if not pair.narrow else (pair.call.live_in, pair.call.live_out)
+        calls.append((norm, y.shape[1], lists[1]))
+        return y
+
+    monkeypatch.setattr(fused_norms, "together", together)
+    for _ in range(2):
+        same(model, twin, gates)
+    assert len(calls) == PAIRS
+    mask = np.random.default_rng(1).random(graph.num_channels) >= 0.3
+    for group in graph.groups:
+        mask[group.start + np.flatnonzero(mask[group.ids])[-1]] = False  # one more
+        mask[group.start] = True
+    for net in (model, twin):
+        keeper = WeightKeeper(net, graph)
+        keeper.set_mask(mask)
+        keeper.zero_dead()
+    skipper.set_mask(mask)
+    calls.clear()
+    same(model, twin, gates)
+    assert not calls  # what is known is of more channels
+    same(model, twin, gates)
+    assert len(calls) == PAIRS
+    for norm, width, live in calls:
+        alive = int((norm.weight != 0).sum())
+        assert len(live) == alive < norm.num_features
+        assert width == (alive if compact else norm.num_features)
+
+
 def test_large_weights_are_handed_over_as_their_live_part(
     pairs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

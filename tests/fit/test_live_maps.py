@@ -47,6 +47,20 @@ class Net(nn.Module):
         return self.head(F.relu(self.hidden(x)))
 
 
+class SavesStem(Net):
+    """The first part, from the images on, is computed again in the backward pass."""
+
+    def first(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        self.widths.append(x.shape[1])
+        return F.relu(self.norm(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(checkpoint(self.first, x, use_reentrant=False))
+        x = F.adaptive_max_pool2d(F.sigmoid(self.tail(self.last(x))), 2).flatten(1)
+        return self.head(F.relu(self.hidden(x)))
+
+
 class Outer(nn.Module):
     """Calls the network by way of a module inside."""
 
@@ -136,6 +150,25 @@ def test_second_derivatives_and_checkpoints() -> None:
         assert len(model.widths) == 2  # computed twice
         assert len(set(model.widths)) == 1
         assert model.widths[0] < 12
+
+
+@pytest.mark.parametrize("least", [0, 10**9])
+def test_checkpoints_from_the_images_on_are_computed_again_alike(
+    least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its input has no dead channels, so that nothing but the call that it was part of says what is to come out."""
+    monkeypatch.setattr("lightning_prune.skipping.LEAST_MACS", least)
+    model, _, _ = masked(SavesStem())
+    twin = copy.deepcopy(model)
+    for _ in range(2):
+        model.widths.clear()
+        assert_same(step(model), step(twin), model)
+        assert len(model.widths) == 3  # the stem twice
+        assert model.widths[0] == model.widths[2] < 8
+    model(X)
+    model.widths.clear()
+    model.first(X).square().sum().backward()  # no part of a backward pass
+    assert model.widths == [8]
 
 
 @pytest.mark.parametrize("per_sample", [False, True])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
+import sys
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_prune import ChannelPruning, CompactionPlan, ops, skipping, timing, trace_channels
 from lightning_prune.gates.attach import GateHooks
+from lightning_prune.ops.map_memory import map_memory
 from lightning_prune.skipping import DeadChannelSkipper
 from lightning_prune.weights import WeightKeeper
 from tests.fit.toys import ToyModule, toy_fit
@@ -161,6 +164,19 @@ def test_nothing_is_left_behind(always: list[str]) -> None:
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
     assert all(not module._forward_hooks_always_called for module in model.modules())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux only")
+def test_detaching_gives_the_memory_of_maps_back(always: list[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 2, 3))
+    x = torch.randn(2, 3, 40, 40)
+    skipper = DeadChannelSkipper(model, trace_channels(model, x))
+    for _ in range(2):
+        step(model, x)
+    gc.collect()
+    assert map_memory().kept > 0
+    skipper.detach()
+    assert map_memory().kept == 0
 
 
 @pytest.mark.parametrize("choice", [*itertools.product([0, 1], repeat=3), (2, 2, 2), (2, 1, 0), (1, 2, 2)])
