@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="counts the page faults of Linux"),
 ]
 
-# Any block of 32 KB and more is mapped afresh (and faults page by page), whoever allocates it; outputs are smaller, so that 100
+# Any block of 32 KB and more is mapped afresh (and faults page by page), whoever allocates it; outputs are smaller, so that 40
 # calls without a block of scratch memory have no faults. torch's profiler lists what its allocator gives out.
 SCRIPT = """
 import json, resource, sys, torch
@@ -28,15 +28,17 @@ from lightning_prune.models import resnet20
 def count(call):
     for _ in range(20):
         call()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(100):
-        y = call()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    faults = []
+    for _ in range(5):  # the system may take pages away meanwhile, but not always
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(40):
+            y = call()
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
     events = profile.kineto_results.events()
     given = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
-    return {"faults": faults, "given": given, "output": y.numel() * y.element_size()}
+    return {"faults": min(faults), "given": given, "output": y.numel() * y.element_size()}
 
 def convolution(algorithm, kernel, stride, size, inputs, outputs, groups=1, dtype=torch.float32, last=True):
     x = torch.randn(1, inputs, size, size).to(dtype)
@@ -89,4 +91,4 @@ def test_calls_allocate_their_output_only(threads: int) -> None:
         assert found["output"] < 32 << 10, name
         assert found["given"] == [found["output"]], name
         # a few: the allocator's own books, a thread that wakes up for the first time
-        assert found["faults"] < 50, (name, found["faults"])
+        assert found["faults"] < 20, (name, found["faults"])
