@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,7 +17,13 @@ from .config import PruneConfig, load_plan
 from .distributed import mean_over_ranks, rewrap_ddp
 from .errors import PlanError
 from .fit import PruningFit
-from .guards import refuse_late_rewind, refuse_unsupported, resolve_schedule, why_full_size
+from .guards import (
+    refuse_late_rewind,
+    refuse_nothing_learned,
+    refuse_unsupported,
+    resolve_schedule,
+    why_full_size,
+)
 from .inputs import ExampleInputs, batch_size
 from .meter import TrainingMeter
 from .monitor import Plateau
@@ -97,7 +103,8 @@ class ChannelPruning(pl.Callback):
         plan: the :class:`CompactionPlan`, once channels are selected.
         report: a :class:`PruneReport`, once channels are selected.
         first_filters: see :func:`lightning_prune.plots.plot_filters`.
-        history: one record per epoch: epoch, phase, macs, params, live_channels, lambda, gates, step_time, samples_per_second,
+        history: one record per epoch of the fit (a trainer that trains its module again goes on with it, any other fit starts
+            anew): epoch, phase, macs, params, live_channels, lambda, gates, step_time, samples_per_second,
             saved_training_macs, activation_memory, on CUDA peak_memory (all logged as ``prune/...``).
 
     Raises:
@@ -145,51 +152,28 @@ class ChannelPruning(pl.Callback):
         reconfigure_every_n_epochs: int | Literal["auto"] = "auto",
         seed: int = 0,
     ) -> None:
+        given = locals()
+        options = {field.name: given[field.name] for field in fields(PruneConfig)}
         self.config = PruneConfig(
-            target=target,
-            metric=metric,
-            method=method,
-            plan=load_plan(plan),
-            warmup_epochs=warmup_epochs,
-            learn_epochs=learn_epochs,
-            finetune_epochs=finetune_epochs,
-            include=include,
-            exclude=exclude,
-            prune_streams=prune_streams,
-            round_to=round_to,
-            min_channels=min_channels,
-            alternate_every_n_steps=alternate_every_n_steps,
-            weight_l1=weight_l1,
-            weight_l2=weight_l2,
-            sphere=sphere,
-            gate_lr=gate_lr,
-            snap_threshold=snap_threshold,
-            method_options=method_options or {},
-            ratios=ratios,
-            reconstruct=reconstruct,
-            rewind_to=rewind_to,
-            remove_branches=remove_branches,
-            ramp=ramp,
-            seed=seed,
-            dead_channel_skipping=dead_channel_skipping,
-            distill=distill,
-            distill_temperature=distill_temperature,
-            recalibrate=recalibrate,
-            reentry_until=reentry_until,
-            penalty_weights=penalty_weights,
-            reconfigure_every_n_epochs=reconfigure_every_n_epochs,
+            **options | {"plan": load_plan(plan), "method_options": method_options or {}}
         )
         self.compact_on_fit_end = compact_on_fit_end
+        self._given_inputs, self._stage = example_inputs, "fit"
+        self._plateau = Plateau(monitor, patience)
+        self._schedule: Schedule | None = None
+        self._kept_batches = max(wanted_batches(recalibrate), _RECENT_BATCHES * reconstruct)
+        self._start_anew()
+
+    def _start_anew(self, module: pl.LightningModule | None = None) -> None:
+        """Nothing is left of the last fit."""
         self.compact_model: nn.Module | None = None
         self.report: PruneReport | None = None
         self.history: list[dict[str, Any]] = []
-        self._given_inputs = example_inputs
-        self._plateau = Plateau(monitor, patience)
-        self._schedule: Schedule | None = None
+        self._module, self._last_step, self._begun_step = module, -1, -1
         self._fit: PruningFit | None = None
         self._resumed: dict[str, Any] = {}
-        self._last_step = self._begun_step = -1
-        self._recent = RecentBatches(max(wanted_batches(recalibrate), _RECENT_BATCHES * reconstruct))
+        self._plateau = Plateau(self._plateau.monitor, self._plateau.patience)
+        self._recent = RecentBatches(self._kept_batches)
         self._meter = TrainingMeter()
 
     @property
@@ -211,11 +195,20 @@ class ChannelPruning(pl.Callback):
     # ---- before training -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work, and trace the module if its data can be had already."""
+        """Refuse what cannot work, and trace the module if its data can be had already.
+
+        A trainer that has trained this very module goes on with it; any other fit is a new one.
+        """
+        self._stage = stage
         if stage != "fit":
             return
         refuse_unsupported(trainer, pl_module, self.config)
         self._schedule = resolve_schedule(trainer, self.config)
+        if self._fit is not None and self._module is pl_module and trainer.current_epoch > 0:
+            self._resumed = self._fit.state_dict()
+            self._plateau.waited = 0
+            return
+        self._start_anew(pl_module)
         inputs = example_for(trainer, pl_module, self._given_inputs)
         self._fit = PruningFit(self.config, pl_module, inputs) if inputs is not None else None
 
@@ -253,7 +246,7 @@ class ChannelPruning(pl.Callback):
                 progress,
                 optimizers=lambda: trainer.optimizers,
                 rewrap=lambda: rewrap_ddp(trainer),
-                full_size=why_full_size(trainer, pl_module, self._fit.prunable),
+                full_size=why_full_size(trainer, pl_module, self._fit.graph.prunable),
             )
         self._resumed = {}
 
@@ -268,10 +261,12 @@ class ChannelPruning(pl.Callback):
     def _enter(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._fit is not None
         assert self._schedule is not None
-        phase = self._schedule.phase(trainer.current_epoch)
+        phase = self._schedule.phase(trainer.current_epoch, self.plan is not None)
         if self._fit.plan is None and phase == Phase.LEARN and self._fit.learner is None:
             self._fit.start_learning(pl_module, self._schedule.learn_steps(trainer))
         elif self._fit.plan is None and phase == Phase.FINETUNE:
+            if self._fit.learner is None:
+                refuse_nothing_learned(trainer, self.config)
             self._select(trainer, pl_module)
 
     def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -321,7 +316,7 @@ class ChannelPruning(pl.Callback):
         if self._fit is None:
             return
         assert self._schedule is not None
-        phase = self._schedule.phase(trainer.current_epoch)
+        phase = self._schedule.phase(trainer.current_epoch, self.plan is not None)
         record = self._fit.record() | self._meter.record(pl_module.device)
         head = {"epoch": trainer.current_epoch, "phase": phase.name.lower()}
         self.history.append({**head, **record, "gates": self._fit.gates()})
@@ -387,11 +382,16 @@ class ChannelPruning(pl.Callback):
         return {"fit": fit, **own, "meter": self._meter.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts: the module may still move to its device."""
+        """Keep the state until training starts: the module may still move to its device.
+
+        Evaluation with a checkpoint's weights leaves what is known of the fit as it is.
+        """
         if not {"fit", "history", "plateau"} <= set(state_dict):
             raise PlanError(
                 "the checkpoint holds no state of ChannelPruning; start a new fit from its weights instead"
             )
+        if self._stage != "fit" and self._fit is not None:
+            return
         self._resumed = dict(state_dict["fit"])
         self.history = list(state_dict["history"])
         self._plateau.load_state_dict(state_dict["plateau"])

@@ -104,6 +104,8 @@ class PruningFit:
         ``rewrap`` are for :class:`Reconfigurer`; ``full_size`` says why nothing is cut unless it is asked for.
         """
         config = self.config
+        for name in ("plan", "learner", "skipper", "reconfigurer", "distiller"):
+            setattr(self, name, None)  # they are those of a fit that goes on
         self.keeper = WeightKeeper(model, self.graph, optimizers if config.dead_channel_skipping else tuple)
         if config.metric == "latency" and self.chooser is not None:
             self.cost = measure_latency_cost(model, self._inputs_for(model), self.graph, progress)
@@ -326,11 +328,6 @@ class PruningFit:
                 self.keeper.project_to_sphere()
         if self.reconfigurer is not None:
             self.reconfigurer.check_optimizers()
-
-    @property
-    def prunable(self) -> set[str]:
-        """Names of the tensors that channels may be removed from."""
-        return {member.tensor for group in self.graph.groups for member in group.members}
 
     @property
     def full_size(self) -> bool:

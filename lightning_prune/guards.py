@@ -162,3 +162,13 @@ def refuse_late_rewind(trainer: pl.Trainer, config: PruneConfig, schedule: Sched
             f"rewind_to={rewind} is not reached before channels are selected, after {schedule.before_selection} "
             f"epochs of {trainer.num_training_batches} batches: give an earlier step"
         )
+
+
+def refuse_nothing_learned(trainer: pl.Trainer, config: PruneConfig) -> None:
+    """Raise MisconfigurationException for a fit that begins after the epochs in which a method learns its masks."""
+    if config.learned:
+        raise MisconfigurationException(
+            f"the fit begins at epoch {trainer.current_epoch}, after the epochs in which method={config.method!r} learns what "
+            "to remove: the trainer has trained another module, or the checkpoint was written without this callback. Use a "
+            "new Trainer, or warmup_epochs and learn_epochs that reach further."
+        )

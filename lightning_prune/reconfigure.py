@@ -109,7 +109,7 @@ class Reconfigurer:
         """Raise :class:`CompactionError` if an optimizer's state cannot be cut. Looks once, when there is a state."""
         if not self._checked and any(optimizer.state for optimizer in self._optimizers()):
             self._checked = True
-            self._resizer.check_optimizers({m.tensor for g in self._dense.groups for m in g.members})
+            self._resizer.check_optimizers(self._dense.prunable)
 
     def _set(self, mask: Mask) -> None:
         plan = None if mask.all() else CompactionPlan.from_mask(self._dense, mask)

@@ -79,8 +79,10 @@ class Schedule:
         per_epoch = batches / max(trainer.accumulate_grad_batches, 1) if batches != float("inf") else 1000.0
         return max(1, round(per_epoch * self.learn))
 
-    def phase(self, epoch: int) -> Phase:
-        """Phase of an epoch (counted from 0)."""
+    def phase(self, epoch: int, selected: bool = False) -> Phase:
+        """Phase of an epoch (counted from 0); once channels are ``selected``, a fit that goes on for longer only finetunes."""
+        if selected:
+            return Phase.FINETUNE
         if epoch < self.warmup:
             return Phase.WARMUP
         return Phase.LEARN if epoch < self.warmup + self.learn else Phase.FINETUNE

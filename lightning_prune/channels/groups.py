@@ -141,6 +141,11 @@ class ChannelGraph:
         """Number of prunable channels in all groups."""
         return sum(g.size for g in self.groups)
 
+    @property
+    def prunable(self) -> set[str]:
+        """Names of the tensors that channels may be removed from."""
+        return {member.tensor for group in self.groups for member in group.members}
+
     def __getitem__(self, name: str) -> ChannelGroup:
         for group in self.groups:
             if group.name == name:
