@@ -18,6 +18,7 @@ from .distributed import mean_over_ranks, rewrap_ddp
 from .errors import PlanError
 from .fit import PruningFit
 from .guards import (
+    gradients_meet,
     refuse_late_rewind,
     refuse_nothing_learned,
     refuse_unsupported,
@@ -90,7 +91,8 @@ class ChannelPruning(pl.Callback):
         dead_channel_skipping: convolutions take the compiled kernels while the network trains, without their dead
             channels and by Winograd, where that is measured to be faster (see
             :class:`lightning_prune.skipping.DeadChannelSkipper`), and torch's elementwise optimizers leave dead weights out
-            (:class:`lightning_prune.live_steps.LiveSteps`); the same numbers up to rounding.
+            (:class:`lightning_prune.live_steps.LiveSteps`); the same numbers up to rounding. Nothing dead is left out where
+            dead weights have gradients and these count for other weights (:mod:`lightning_prune.dead_gradients`).
         reconfigure_every_n_epochs: cut dead channels out of the module itself, and of its optimizers' states, at the end of
             every so many epochs and when channels are selected: steps get as fast, and need as little memory, as those of the
             small network. Checkpoints stay full-size, and so is the module again when the fit is over. ``"auto"``: when
@@ -195,10 +197,7 @@ class ChannelPruning(pl.Callback):
     # ---- before training -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work, and trace the module if its data can be had already.
-
-        A trainer that has trained this very module goes on with it; any other fit is a new one.
-        """
+        """Refuse what cannot work, trace the module if its data can be had; a trainer's own module goes on with its fit."""
         self._stage = stage
         if stage != "fit":
             return
@@ -247,6 +246,7 @@ class ChannelPruning(pl.Callback):
                 optimizers=lambda: trainer.optimizers,
                 rewrap=lambda: rewrap_ddp(trainer),
                 full_size=why_full_size(trainer, pl_module, self._fit.graph.prunable),
+                gradients_meet=gradients_meet(trainer, pl_module),
             )
         self._resumed = {}
 
@@ -254,8 +254,9 @@ class ChannelPruning(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Enter the phase of this epoch."""
-        self._meter.epoch()
+        self._meter.epoch(pl_module.device)
         if self._fit is not None:
+            self._fit.counted = False
             self._enter(trainer, pl_module)
 
     def _enter(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -285,7 +286,8 @@ class ChannelPruning(pl.Callback):
     ) -> None:
         """The step's graph is complete: what it keeps is what training needs memory for."""
         if self._fit is not None:
-            self._meter.backward(loss, pl_module.parameters(), self._fit.full_size)
+            self._fit.count_work(pl_module)
+            self._meter.backward(loss, pl_module.parameters(), self._fit.nothing_dead)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -309,7 +311,12 @@ class ChannelPruning(pl.Callback):
         """After the user's optimizer: dead stays dead, filters stay on their sphere."""
         if self._fit is not None:
             self._fit.after_step()
-            self._meter.end(self._fit.step_macs, self._fit.macs.dense)
+            unpruned = self._fit.nothing_dead and self._fit.learner is None
+            self._meter.end(self._fit.step_macs, self._fit.macs.dense, unpruned)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validation is no training time."""
+        self._meter.pause()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log and record; stop when finetuning is done."""
@@ -320,10 +327,7 @@ class ChannelPruning(pl.Callback):
         record = self._fit.record() | self._meter.record(pl_module.device)
         head = {"epoch": trainer.current_epoch, "phase": phase.name.lower()}
         self.history.append({**head, **record, "gates": self._fit.gates()})
-        logged = {
-            "prune/phase": float(phase),
-            **{f"prune/{name}": float(value) for name, value in record.items()},
-        }
+        logged = {"prune/phase": float(phase)} | {f"prune/{name}": float(v) for name, v in record.items()}
         pl_module.log_dict(logged, sync_dist=True)
         self._report(self._fit.report())
         total = self._schedule.total
@@ -382,10 +386,7 @@ class ChannelPruning(pl.Callback):
         return {"fit": fit, **own, "meter": self._meter.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts: the module may still move to its device.
-
-        Evaluation with a checkpoint's weights leaves what is known of the fit as it is.
-        """
+        """Keep the state until training starts (the module may still move); evaluating a checkpoint leaves a fit as it is."""
         if not {"fit", "history", "plateau"} <= set(state_dict):
             raise PlanError(
                 "the checkpoint holds no state of ChannelPruning; start a new fit from its weights instead"

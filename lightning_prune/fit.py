@@ -19,8 +19,10 @@ from .compaction import CompactionPlan, compact, mask_channels, max_relative_err
 from .config import PruneConfig
 from .cost import Cost, CostModel
 from .criteria import saliency
+from .dead_gradients import dead_weights_matter
 from .distillation import Distiller, logit_calls
 from .errors import CompactionError
+from .first_filters import FirstFilterWatch
 from .inputs import ExampleInputs, floating_dtype, to_model
 from .latency_budget import measured_seconds
 from .latency_cost import measure_latency_cost
@@ -31,7 +33,8 @@ from .reconfigure import Reconfigurer
 from .reconstruction import reconstruct
 from .redundancy import warn_if_symmetric
 from .skipping import DeadChannelSkipper
-from .weights import WeightKeeper, first_convolution
+from .step_work import StepWork
+from .weights import WeightKeeper
 
 #: how often a layer that dies is compared anew if the network is cut at epoch ends: what dies in between is little
 _STEPS_BETWEEN_CUTS = 2
@@ -60,15 +63,16 @@ class PruningFit:
         self.graph = trace_channels(model, inputs)
         self.macs, self.params = CostModel(self.graph, "macs"), CostModel(self.graph, "params")
         self.cost: Cost = self.params if config.metric == "params" else self.macs
-        #: multiply-accumulates of one sample without the channels whose weights are zero
-        self.step_macs = self.macs.dense
+        #: multiply-accumulates of one sample that a step really computes, if ``counted`` since anything has changed
+        self.step_macs, self.counted = self.macs.dense, False
+        self._work = StepWork(self.graph)
+        self._first_filters: FirstFilterWatch | None = None
         self.plan: CompactionPlan | None = None
         self.learner: MaskLearner | None = None
         self.keeper: WeightKeeper | None = None
         self.skipper: DeadChannelSkipper | None = None
         self.reconfigurer: Reconfigurer | None = None
         self._auto = config.cuts_unasked
-        self._held: Mask = np.ones(self.graph.num_channels, dtype=bool)
         self.early: dict[str, Tensor] | None = None
         self.distiller: Distiller | None = None
         self.budget: BudgetReport | None = None
@@ -97,15 +101,18 @@ class PruningFit:
         optimizers: Callable[[], Iterable[torch.optim.Optimizer]] = tuple,
         rewrap: Callable[[], None] = lambda: None,
         full_size: str | None = None,
+        gradients_meet: bool = False,
     ) -> None:
         """The model is on its device: take up a checkpoint's ``state`` (empty: none), or hold the given plan.
 
         ``progress`` is told of the layers whose latency is measured, see ``measure_latency_cost``; ``optimizers`` and
-        ``rewrap`` are for :class:`Reconfigurer`; ``full_size`` says why nothing is cut unless it is asked for.
+        ``rewrap`` are for :class:`Reconfigurer`; ``full_size`` says why nothing is cut unless it is asked for;
+        ``gradients_meet``: a weight's step may depend on the gradients of others.
         """
         config = self.config
         for name in ("plan", "learner", "skipper", "reconfigurer", "distiller"):
             setattr(self, name, None)  # they are those of a fit that goes on
+        self._held: Mask = np.ones(self.graph.num_channels, dtype=bool)
         self.keeper = WeightKeeper(model, self.graph, optimizers if config.dead_channel_skipping else tuple)
         if config.metric == "latency" and self.chooser is not None:
             self.cost = measure_latency_cost(model, self._inputs_for(model), self.graph, progress)
@@ -113,7 +120,10 @@ class PruningFit:
             self.chooser.check()
         if config.dead_channel_skipping:
             steps = _STEPS_BETWEEN_CUTS if config.cut_every else 10
-            self.skipper = DeadChannelSkipper(model, self.graph, self._inputs_for(model), steps=steps)
+            inputs = self._inputs_for(model)
+            self.skipper = DeadChannelSkipper(model, self.graph, inputs, steps=steps)
+            matter = gradients_meet and dead_weights_matter(model, self.graph, inputs, optimizers())
+            self._skips = not matter
         if self._auto and full_size is not None:
             _log.info("dead channels stay in the network while it trains: %s", full_size)
         elif config.reconfigure_every_n_epochs:
@@ -123,10 +133,7 @@ class PruningFit:
             if state.get("teacher") is not None or config.plan is not None:
                 self.distiller.remember(model, state.get("teacher"))
             self.distiller.attach(model)
-        self._first = first_convolution(self.graph, model)
-        if self._first is not None:
-            weight = self.keeper.weight(self._first)
-            self._filters_before = state.get("filters", weight).detach().cpu().clone()
+        self._first_filters = FirstFilterWatch(self.graph, model, self.keeper, state.get("filters"))
         self.early = state.get("early")
         if state.get("plan") is not None:
             self.hold(CompactionPlan.from_json(state["plan"], "the checkpoint"))
@@ -256,8 +263,8 @@ class PruningFit:
         assert self.keeper is not None
         self._held = mask
         self.keeper.set_mask(mask)
-        self.step_macs = self.macs.cost(mask)
-        if self.skipper is not None:
+        self.counted = False
+        if self.skipper is not None and self._skips:
             self.skipper.set_mask(mask, now)
 
     def release(self) -> None:
@@ -275,8 +282,7 @@ class PruningFit:
 
     def _inputs_for(self, model: nn.Module) -> ExampleInputs:
         """On the model's device and, in a true half or double precision fit, in its dtype."""
-        dtype = floating_dtype(model)
-        return to_model(self.inputs, model, dtype)
+        return to_model(self.inputs, model, floating_dtype(model))
 
     def compact(self, model: nn.Module) -> tuple[nn.Module, PruneReport]:
         """The smaller copy of ``model``, proven equal, and the report. Only after :meth:`select` or :meth:`hold`."""
@@ -318,7 +324,13 @@ class PruningFit:
                 for parameter in group["params"]:
                     parameter.grad = None
 
-    _freeze_weights = False
+    _freeze_weights, _skips = False, True
+
+    def count_work(self, model: nn.Module) -> None:
+        """The forward pass of a step has run: see what it has left out."""
+        if not self.counted:
+            present = np.ones_like(self._held) if self.reconfigurer is None else self.reconfigurer.mask
+            self.step_macs, self.counted = self._work.count(model, present, self.skipper), True
 
     def after_step(self) -> None:
         """The optimizer has moved the weights: dead ones back to zero, filters back to their sphere."""
@@ -330,9 +342,9 @@ class PruningFit:
             self.reconfigurer.check_optimizers()
 
     @property
-    def full_size(self) -> bool:
-        """Whether the network has all its channels, dead or not."""
-        return self.reconfigurer is None or bool(self.reconfigurer.mask.all())
+    def nothing_dead(self) -> bool:
+        """Whether all channels live."""
+        return bool(self._held.all())
 
     def _at_full_size(self) -> contextlib.AbstractContextManager[None]:
         """The tensors at full size for a moment, for whoever reads them in dense numbering."""
@@ -350,13 +362,8 @@ class PruningFit:
 
     def first_filters(self) -> FirstFilters | None:
         """Filters of the first convolution when the fit began and now; None without a convolution."""
-        if self.keeper is None or self._first is None:
-            return None
-        channels = self.graph.positions(f"{self._first}.weight" if self._first else "weight", 0)
-        live = torch.from_numpy(np.append(self.mask(), True)[channels])
-        with self._at_full_size():
-            after = self.keeper.weight(self._first).detach().cpu().clone()
-        return FirstFilters(self._first, self._filters_before, after, live)
+        watch = self._first_filters
+        return watch.now(self.mask(), self._at_full_size()) if watch is not None else None
 
     def record(self) -> dict[str, float]:
         """Present cost, live channels and penalty strength."""
@@ -387,11 +394,7 @@ class PruningFit:
             "learner": self.learner.state_dict() if self.learner is not None else None,
             "early": self.early,
             "cut": np.flatnonzero(~self.reconfigurer.mask).tolist() if self.reconfigurer is not None else [],
-            **(
-                {"filters": self._filters_before}
-                if self.keeper is not None and self._first is not None
-                else {}
-            ),
+            **(self._first_filters.state() if self._first_filters is not None else {}),
             "teacher": self.distiller.teacher_state() if self.distiller is not None else None,
             "radii": self.keeper.radii() if self.keeper is not None else [],
         }

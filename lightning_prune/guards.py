@@ -136,6 +136,24 @@ def why_full_size(trainer: pl.Trainer, module: pl.LightningModule, traced: Conta
     return None
 
 
+#: where code that may look at all gradients together is written
+_ON_GRADIENTS = (
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "optimizer_step",
+    "configure_gradient_clipping",
+)
+
+
+def gradients_meet(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether a weight's step may depend on the gradients of others: by clipping, in user code, in optimizers such as LBFGS."""
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
+        return True
+    own_code = any(is_overridden(name, module) for name in _ON_GRADIENTS)
+    by_hand = own_code or not module.automatic_optimization
+    return by_hand or not all(map(steps_elementwise, trainer.optimizers))
+
+
 def _has_channels(name: str, child: nn.Module, traced: Container[str]) -> bool:
     """Whether any parameter of a child has channels."""
     return any(f"{name}.{own}" in traced for own, _ in child.named_parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -110,11 +110,17 @@ class PruneReport:
         max_relative_error: compact against masked network on the example input; None until compacted.
         budget: how closely the budget was met; None for a given plan.
         training_macs: multiply-accumulates of all training steps so far (forward and backward), without those of channels
-            whose weights are zero; what training costs where dead channels are skipped. None outside a fit.
+            that were cut out or skipped; channels that are merely zero count. None outside a fit, as all that follow.
         training_macs_dense: the same for a dense fit of as many steps.
         activation_memory: bytes that a training step keeps for its backward pass, parameters excluded, when last measured (in
-            the first step of each epoch). None outside a fit.
-        activation_memory_dense: the same before any channel was cut out; None if the fit never trained the full-size network.
+            the first step of each epoch): not what a process occupies, which the CPU does not tell.
+        activation_memory_dense: the same before any channel died; None if the fit never trained the dense network.
+        peak_memory: on CUDA the largest number of bytes allocated in the last epoch.
+        peak_memory_dense: the same in the first epoch of warmup; None without one.
+        step_time: seconds per training step, data loading included, median of the last epoch.
+        step_time_dense: the same, median over the epochs of warmup; None without any.
+        samples_per_second: of this process, in the last epoch.
+        training_seconds: time of all training steps so far, data loading included and validation not.
     """
 
     macs_dense: float
@@ -129,6 +135,12 @@ class PruneReport:
     training_macs_dense: float | None = None
     activation_memory: int | None = None
     activation_memory_dense: int | None = None
+    peak_memory: int | None = None
+    peak_memory_dense: int | None = None
+    step_time: float | None = None
+    step_time_dense: float | None = None
+    samples_per_second: float | None = None
+    training_seconds: float | None = None
 
     @classmethod
     def of(
@@ -150,6 +162,13 @@ class PruneReport:
     def live_channels(self) -> int:
         """Prunable channels that are left, over all groups."""
         return int(np.sum([live for live, _ in self.widths.values()]))
+
+    @property
+    def saved_training_macs(self) -> float | None:
+        """Share of the dense fit's multiply-accumulates that training has saved so far."""
+        if self.training_macs is None or not self.training_macs_dense:
+            return None
+        return 1.0 - self.training_macs / self.training_macs_dense
 
     @property
     def removed_branches(self) -> tuple[str, ...]:
@@ -174,14 +193,27 @@ class PruneReport:
             lines.append(
                 f"compact against masked network: largest relative error {self.max_relative_error:.2g}"
             )
+        return "\n".join((*lines, *self._training()))
+
+    def _training(self) -> Iterator[str]:
+        """What the fit itself took."""
         if self.training_macs is not None and self.training_macs_dense:
-            share = self.training_macs / self.training_macs_dense
-            lines.append(
-                f"training MACs  {self.training_macs:.3g} of the dense fit's {self.training_macs_dense:.3g} ({share:.1%})"
+            yield (
+                f"training MACs  {self.training_macs:.3g} of the dense fit's {self.training_macs_dense:.3g} "
+                f"({self.saved_training_macs:.1%} saved)"
             )
-        if self.activation_memory and self.activation_memory_dense:
-            now, dense = self.activation_memory, self.activation_memory_dense
-            lines.append(
-                f"activation memory of a step  {now / 2**20:.1f} MiB of the dense {dense / 2**20:.1f} MiB ({now / dense:.1%})"
+        if self.step_time and self.training_seconds:
+            text = (
+                f"training time  {self.training_seconds:.1f} s so far; a step {1e3 * self.step_time:.3g} ms"
             )
-        return "\n".join(lines)
+            if self.step_time_dense:
+                dense = 1e3 * self.step_time_dense
+                text += f", in the dense warmup {dense:.3g} ms ({self.step_time_dense / self.step_time:.2f}x)"
+            yield f"{text}; {self.samples_per_second:.0f} samples/s"
+        kinds = (
+            ("activation memory (kept for a step's backward pass)", self.activation_memory, self.activation_memory_dense),
+            ("peak of allocated memory in an epoch", self.peak_memory, self.peak_memory_dense),
+        )  # fmt: skip
+        for name, now, before in kinds:
+            if now and before:
+                yield f"{name}  {now / 2**20:.1f} MiB of the dense {before / 2**20:.1f} MiB ({now / before:.1%})"

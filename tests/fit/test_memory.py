@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lightning_prune.memory import saved_for_backward
+from lightning_prune.meter import TrainingMeter
 from tests.fit.reconfiguring import NETWORKS, fit, pruner
 
 
@@ -75,8 +76,28 @@ def test_in_a_fit_it_shrinks_with_the_network() -> None:
     assert after == last < 0.8 * before
     report = callback.report
     assert (report.activation_memory, report.activation_memory_dense) == (after, before)
-    assert "activation memory of a step" in str(report)
+    assert "activation memory (kept for a step's backward pass)" in str(report)
     assert report.to_json()["activation_memory"] == after
     masked = pruner(0, method="magnitude", learn_epochs=None, target=0.3)
     fit(masked, epochs=2)
     assert masked.history[-1]["activation_memory"] == before, "masks save none"
+    assert (masked.report.peak_memory, masked.report.peak_memory_dense) == (None, None), "only CUDA tells"
+
+
+def test_the_peak_on_cuda_is_that_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak, device = [0], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda of: peak.__setitem__(0, 0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda of: peak[0])
+    meter, peaks = TrainingMeter(), []
+    for epoch, used in enumerate((900, 700, 300)):
+        meter.epoch(device)
+        meter.start(4)
+        peak[0] = max(peak[0], used)
+        meter.end(1.0, 1.0, unpruned=epoch == 0)
+        peaks.append(meter.record(device)["peak_memory"])
+    assert peaks == [900, 700, 300]
+    totals = meter.totals()
+    assert (totals["peak_memory"], totals["peak_memory_dense"]) == (300, 900)
+    again = TrainingMeter()
+    again.load_state_dict(meter.state_dict())
+    assert again.totals()["peak_memory_dense"] == 900
