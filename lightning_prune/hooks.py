@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,17 @@ def compiled(module: nn.Module) -> bool:
         or module.__dict__.get("_compiler_ctx") is not None
         or hasattr(module, "_torchdynamo_orig_callable")
     )
+
+
+def forget_compiled() -> None:
+    """Have ``torch.compile`` look anew at whatever it runs: hooks that are in the graph have been added or removed.
+
+    It does not notice by itself that a module which had no hooks has some by now: guards on hooks are off by default
+    (``skip_nnmodule_hook_guards``), and turning them on adds none to code that has been compiled already, perhaps for another
+    network of the same class. Nor would looking for compiled modules find a compiled function that calls them.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def hooked(module: nn.Module) -> bool:

@@ -24,10 +24,14 @@ from .choosing import MaskChooser
 from .config import PruneConfig
 from .cost import Cost
 from .criteria import saliency
+from .errors import PruneError
 from .gates import LEARNED, CriterionGates, Gates, Measured
 from .gates.attach import consumer_channels
 from .scope import fixed_shares, group_factors
 from .selection import scarcity
+
+#: so many steps may pass before the gates have their first gradient: other optimizers' steps count too
+_MOST_UNHEARD = 20
 
 
 def default_gate_lr(steps: int) -> float:
@@ -80,6 +84,7 @@ class MaskLearner:
         self.controller = PenaltyController(lr=10.0 / self.steps)
         self.done = 0
         self.strength = 0.0
+        self._heard, self._unheard = False, 0
         self._group_of = graph.group_of()
         least = max(config.min_channels, 1)
         removable = chooser.removable
@@ -211,12 +216,31 @@ class MaskLearner:
         return {g.name: [round(v, 6) for v in values[g.ids].tolist()] for g in self.graph.groups}
 
     def unscale(self, scale: Tensor | float) -> None:
-        """Divide the gradients by a loss scaler's factor; gradients that overflowed are dropped."""
+        """Divide the gradients by a loss scaler's factor; gradients that overflowed are dropped.
+
+        Raises:
+            PruneError: in its first steps the loss has not reached the gates.
+        """
+        self._listen()
         for parameter in self.gates.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(scale)
                 if not torch.isfinite(parameter.grad).all():
                     parameter.grad = None
+
+    def _listen(self) -> None:
+        """Gates that are no part of what is computed would be moved by the penalty alone."""
+        if self._heard or not self.gates.parameters():
+            return
+        grads = [p.grad for p in self.gates.parameters() if p.grad is not None]
+        self._heard = any(bool(grad.count_nonzero()) for grad in grads)
+        self._unheard += not self._heard
+        if self._unheard >= min(_MOST_UNHEARD, self.steps):
+            raise PruneError(
+                f"the gates have had no gradient in the first {self._unheard} steps of learning, so that channels would be "
+                "pruned by their price alone: training_step computes its loss with a copy of the network, or with code that "
+                "was made of it before (a script, an exported graph), or without gradients."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed fit needs."""

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .channels.groups import ChannelGraph, Mask
 from .gates.attach import LIVE_INPUTS, GateHooks, consumer_channels
-from .hooks import SLOT, ExchangedCall, Marker, PrivateHook, is_private, only_plain_calls
+from .hooks import SLOT, ExchangedCall, Marker, PrivateHook, compiled, is_private, only_plain_calls
 
 #: live share of the channels from which on full maps, whose rows are aligned, are as fast
 MOST_LIVE = 0.9
@@ -64,6 +64,8 @@ class LiveMaps:
         self.obstacle = _obstacle(model, graph, known)
         if self.obstacle is None and not calls:
             self.obstacle = "no module is known to compute the whole network"
+        if self.obstacle is None and any(compiled(module) for module in self._inside):
+            self.obstacle = "a part of the network is compiled, for maps of all channels"
         if self.obstacle is not None:
             return
         for module in model.modules():

@@ -7,7 +7,6 @@ Masks, gates, budget and plan stay in the numbering of the dense network. What t
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -21,7 +20,7 @@ from .compaction.resize import Resizer
 from .compaction.verify import TOLERANCE, relative_difference, run_quietly
 from .cost import Cost
 from .errors import CompactionError
-from .hooks import compiled
+from .hooks import compiled, forget_compiled
 from .inputs import ExampleInputs, floating_dtype
 
 #: share of the present cost that has to be dead for a cut that nobody has asked for while masks are learned
@@ -114,9 +113,7 @@ class Reconfigurer:
     def _set(self, mask: Mask) -> None:
         plan = None if mask.all() else CompactionPlan.from_mask(self._dense, mask)
         self._resizer.resize(plan)
-        if "torch._dynamo" in sys.modules:
-            # Graphs of the old shapes hold memory, and after eight of one function torch.compile gives up on it.
-            torch.compiler.reset()
+        forget_compiled()  # graphs of old shapes hold memory; after eight of one function torch.compile gives up on it
         self.mask = mask
         slices = plan.slices if plan is not None else ()
         removed = {(piece.tensor, piece.dim): piece.removed for piece in slices}

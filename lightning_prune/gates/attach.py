@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from ..channels.groups import ChannelGraph
+from ..hooks import forget_compiled
 
 #: A module with this attribute multiplies its own weight's columns by IN_GATE, shape [inputs], during its forward call.
 TAKES_GATES, IN_GATE = "_takes_gates", "_in_gate"
@@ -214,11 +215,14 @@ class GateHooks:
                 self._handles.append(module.register_forward_pre_hook(self._shadow))
                 # always_call: a forward that raises must not leave its gated weight behind
                 self._handles.append(module.register_forward_hook(self._restore, always_call=True))
+            forget_compiled()
 
     def detach(self) -> None:
         """Remove the hooks; the model is exactly as it was."""
         for handle in self._handles:
             handle.remove()
+        if self.attached:
+            forget_compiled()
         self._handles.clear()
         self._runs.forget()
         for module in self._sites:

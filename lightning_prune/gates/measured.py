@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ..channels.groups import ChannelGraph
 from ..channels.trace import named_tensors
 from ..criteria import saliency as criterion_saliency
+from ..hooks import forget_compiled
 from .attach import consumer_modules
 from .base import Gates, learned
 
@@ -167,6 +168,7 @@ class APoZGates(Measured):
         """Watch what consumers read."""
         for module in self._modules:
             self._handles.append(module.register_forward_pre_hook(self._watch))
+        forget_compiled()
         super().attach()  # after the watching: what rests is counted as it arrives
 
     def detach(self) -> None:
@@ -174,6 +176,8 @@ class APoZGates(Measured):
         super().detach()
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            forget_compiled()
         self._handles.clear()
 
     def saliency(self) -> Tensor:
@@ -189,6 +193,7 @@ class APoZGates(Measured):
         super().follow(graph)
         self._modules = consumer_modules(self._model, graph)
 
+    @torch.compiler.disable  # it cannot be traced
     @torch.no_grad()
     def _watch(self, module: nn.Module, args: Any) -> None:
         if module.training and args and isinstance(args[0], Tensor):
