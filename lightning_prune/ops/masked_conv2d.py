@@ -64,15 +64,16 @@ def masked_conv2d(
     Index values are checked on the CPU; on CUDA a check would stall the stream, and indices out of range are skipped.
     Second derivatives are not implemented. Under autocast the operator runs in float32.
 
-    Unless ``exact``, float32 convolutions on the CPU with a 3x3 kernel, stride, dilation and groups of 1, and at least 12
-    live inputs and outputs are computed by Winograd F(4x4, 3x3), on small maps F(2x2, 3x3); so are both gradients. float64 is
-    always summed directly. Accuracy in float32 against float64, before the activation: the output and the gradient of the
-    input are within the bounds of ``direct``, ``winograd4`` and ``winograd2`` that :func:`lightning_prune.ops.compact_conv2d`
-    states (for the gradient with outputs in the place of channels). The gradient of the weight adds over images and pixels,
-    in parts: its error is usually at most 2e-6 of the tensor's largest sum of absolute products, by any algorithm and for up
-    to 65,536 pixels. For every input it is, of n pixels, at most ``n * 2**-24`` of that directly, and by a transform 16 (2x2)
-    or 158 times ``(n + 32) * 2**-24`` of the largest ``|x|`` times the largest sum of ``|grad_y|`` of an output; equal
-    products come to 2e-5 (torch's own gradient: to 5e-4).
+    Unless ``exact``, float32 convolutions on the CPU with a 3x3 kernel, stride, dilation and groups of 1, and at least 12 live
+    inputs and outputs (4 or 5 where AVX-512 computes channels_last maps all of whose channels live) are computed by Winograd
+    F(4x4, 3x3), on small maps F(2x2, 3x3); so are both gradients. float64 is always summed directly. Accuracy in float32
+    against float64, before the activation: the output and the gradient of the input are within the bounds of ``direct``,
+    ``winograd4`` and ``winograd2`` that :func:`lightning_prune.ops.compact_conv2d` states (for the gradient with outputs in
+    the place of channels). The gradient of the weight adds over images and pixels, in parts: its error is usually at most 2e-6
+    of the tensor's largest sum of absolute products, by any algorithm and for up to 65,536 pixels. For every input it is, of n
+    pixels, at most ``n * 2**-24`` of that directly, and by a transform 16 (2x2) or 158 times ``(n + 32) * 2**-24`` of the
+    largest ``|x|`` times the largest sum of ``|grad_y|`` of an output; equal products come to 2e-5 (torch's own gradient: to
+    5e-4).
     """
     arguments = (pair(stride), pair(padding), pair(dilation), groups, activation)
     if can_run_masked_conv2d(x, weight).ok:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +96,8 @@ ACCURACY = [
     (16, 64, 32, 2),
     (16, 3, 16, 32),
 ]
+#: channels_last, with AVX-512 a tile in each lane from 4 channels on
+LANES = [(16, 4, 4, 16), (16, 5, 16, 14), (8, 16, 9, 30)]
 UNIT = 2.0**-24
 
 
@@ -109,11 +113,15 @@ def test_accuracy_is_what_the_docstring_states(target: torch.device, kind: str, 
     on_cpu(target)
     generator = torch.Generator().manual_seed(5)
     name, worst = factors(algorithm)
-    for batch, channels, outputs, size in ACCURACY if algorithm in ("auto", "direct") else ACCURACY[:4]:
+    for batch, channels, outputs, size in LANES + (
+        ACCURACY if algorithm in ("auto", "direct") else ACCURACY[:4]
+    ):
         x = inputs_of(kind, (batch, channels, size, size), generator)
         grad = inputs_of(kind, (batch, outputs, size, size), generator)
         weights = kind if kind in ("positive", "constant") else "normal"
         weight = weights_of(weights, (outputs, channels, 3, 3), generator)
+        if (batch, channels, outputs, size) in LANES:
+            x, weight, grad = (t.to(memory_format=torch.channels_last) for t in (x, weight, grad))
         shared = ([1, 1], [1, 1], [1, 1], 1, "none")
         y = OP.masked_conv2d(x, weight, None, None, None, None, *shared, algorithm)
         grads = OP.masked_conv2d_backward(
@@ -143,6 +151,26 @@ def test_accuracy_is_what_the_docstring_states(target: torch.device, kind: str, 
             assert worst_error <= bound.worst * (float(products) if name == "direct" else largest)
             if kind != "constant":
                 assert worst_error <= bound.usual * float(products), (part, batch, size)
+
+
+def test_from_which_channel_on_auto_is_winograd(target: torch.device) -> None:
+    on_cpu(target)
+    lanes = os.environ["LIGHTNING_PRUNE_CPU_LEVEL"] == "avx512"
+    for channels, last, winograd in (
+        (3, True, False),
+        (5, True, lanes),
+        (11, True, lanes),
+        (4, False, False),
+        (11, False, False),
+        (12, True, True),
+        (12, False, True),
+    ):
+        x, weight = torch.randn(4, channels, 32, 32), torch.randn(channels, channels, 3, 3)
+        if last:
+            x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+        shared = (None, None, None, None, [1, 1], [1, 1], [1, 1], 1, "none")
+        transformed = OP.masked_conv2d(x, weight, *shared, "winograd4")
+        assert torch.equal(ops.masked_conv2d(x, weight, padding=1), transformed) == winograd, (channels, last)
 
 
 def exact_part(part: int, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
