@@ -2,6 +2,13 @@
 #pragma once
 #include "storage.h"
 
+// A loop that nvcc is not to unroll; host compilers do not know the pragma.
+#if defined(__CUDACC__)
+#define LP_ROLLED _Pragma("unroll 1")
+#else
+#define LP_ROLLED
+#endif
+
 namespace lp {
 namespace cuda {
 
@@ -105,9 +112,9 @@ LP_HD Window window_of(const TensorConv& p, int m) {
   const int n = m / per_image, rest = m - n * per_image, oh = rest / p.out_w, ow = rest - oh * p.out_w;
   const int h = oh * p.stride_h - p.pad_h, w = ow * p.stride_w - p.pad_w;
   Window r{x + uintptr_t(n * p.x_n + int64_t(h) * p.x_h + int64_t(w) * p.x_w) * bytes, 0};
-#pragma unroll 1
+  LP_ROLLED
   for (int k = 0; k < p.kh; ++k) r.outside |= uint32_t(unsigned(h + k * p.dil_h) >= unsigned(p.height)) << k;
-#pragma unroll 1
+  LP_ROLLED
   for (int k = 0; k < p.kw; ++k) r.outside |= uint32_t(unsigned(w + k * p.dil_w) >= unsigned(p.width)) << (kMostTaps + k);
   return r;
 }
