@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -181,13 +182,11 @@ def _take_turns(
     spent, turns, running = 0.0, 0, dict(calls)
     while spent < seconds * len(running) or turns < least:
         for name, call in running.items():
-            first, count = _seconds_of(call), 0
-            if first > _LONG:
-                taken[name].append(first)
-            while first <= _LONG and (count < _FEW or (count < _MOST and count * first < _TURN)):
-                taken[name].append(_seconds_of(call))
-                count += 1
-            spent += first + (sum(taken[name][-count:]) if count else 0.0)
+            first = _seconds_of(call)
+            short = 0 if first > _LONG else max(_FEW, min(_MOST, math.ceil(_TURN / max(first, 1e-9))))
+            more = [_seconds_of(call) for _ in range(short)]
+            taken[name] += more or [first]
+            spent += first + sum(more)
         turns += 1
         if min(map(len, taken.values())) >= _FEW:
             limit = _HOPELESS * min(map(min, taken.values()))

@@ -273,7 +273,7 @@ def _candidates(
 ) -> list[OptimizedModule]:
     """Networks to choose from, torch's kernels first."""
     mode, found = backend(), []
-    sites = _sites(blueprint, exact)
+    sites = [replace(site, exact=True) for site in blueprint.sites] if exact else blueprint.sites
     vendor = [("vendor",) * len(sites)]
     for name in FORMATS:
         kinds = [] if mode == "own" else list(vendor)
@@ -288,16 +288,13 @@ def _candidates(
             network = clone_model(blueprint.build(modules)).to(dtype).to(memory_format=FORMATS[name])  # type: ignore[call-overload]
             layers = {site.name: kind for site, kind in zip(sites, choice, strict=True)}
             found.append(OptimizedModule(network, name, dtype, layers, cuda_graph))
-    return found if mode == "vendor" else found + _segmented(blueprint, dtype, exact)
+    return found if mode == "vendor" else found + _segmented(blueprint, sites, dtype)
 
 
-def _sites(blueprint: Blueprint, exact: bool) -> list[ConvSite]:
-    return [replace(site, exact=exact) for site in blueprint.sites]
-
-
-def _segmented(blueprint: Blueprint, dtype: torch.dtype | None, exact: bool = False) -> list[OptimizedModule]:
+def _segmented(
+    blueprint: Blueprint, sites: list[ConvSite], dtype: torch.dtype | None
+) -> list[OptimizedModule]:
     """Networks whose runs of layers are single calls: everything ours, since a call of torch would cut a run in two."""
-    sites = _sites(blueprint, exact)
     weights = [site.conv.weight for site in sites]
     if not weights or any(w.is_cuda or (dtype or w.dtype) is not torch.float32 for w in weights):
         return []

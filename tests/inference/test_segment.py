@@ -57,7 +57,8 @@ class Branches(nn.Module):
 
 def segmented(model: nn.Module, x: Tensor) -> list[nn.Module]:
     """All networks with segments, slices ascending."""
-    networks = optimize._segmented(SymbolicBlueprint(copy.deepcopy(model.eval()), x), None)
+    blueprint = SymbolicBlueprint(copy.deepcopy(model.eval()), x)
+    networks = optimize._segmented(blueprint, blueprint.sites, None)
     return [network.eval() for network in networks]
 
 

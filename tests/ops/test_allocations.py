@@ -69,7 +69,8 @@ calls = {
 }
 torch.manual_seed(0)
 x = torch.randn(1, 3, 32, 32)
-network = _segmented(SymbolicBlueprint(resnet20().eval(), x), None)[0].eval()
+blueprint = SymbolicBlueprint(resnet20().eval(), x)
+network = _segmented(blueprint, blueprint.sites, None)[0].eval()
 calls["a network in one segment"] = lambda: lambda: network(x)
 torch.set_num_threads(int(sys.argv[1]))
 with torch.no_grad():
