@@ -84,8 +84,7 @@ def seconds(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[st
     }  # fmt: skip
     key: dict[str, Any] = {**cache.environment(device), **layer}
     wanted = {f"{kind}/{name}" for kind in ("vendor", "own") for name in FORMATS}
-    if pads(site, device):
-        wanted.add("padded/channels_last")
+    wanted |= {f"{kind}/channels_last" for kind in further_kinds(site, dtype, device)}
     with one_at_a_time():
         found = cache.load(key)
         if found is None or set(found) != wanted:
@@ -94,20 +93,29 @@ def seconds(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[st
     return found
 
 
-def pads(site: ConvSite, device: torch.device) -> bool:
-    """Whether torch's convolution is also tried at multiples of 8 channels: on a GPU, where there are others."""
-    return device.type == "cuda" and site.padded() is not None
+def further_kinds(site: ConvSite, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Other ways to run the vendor's convolution on channels_last maps, "vendor" aside.
+
+    "padded", to multiples of 8 channels, on a GPU, where there are others; "prepacked", in oneDNN's layout, on a CPU.
+    """
+    if device.type == "cuda":
+        return ["padded"] if site.padded() is not None else []
+    able = device.type == "cpu" and dtype is torch.float32 and torch.backends.mkldnn.is_available()
+    return ["prepacked"] if able and site.prepacked() is not None else []
 
 
 def fastest_kind(site: ConvSite, dtype: torch.dtype, device: torch.device, memory_format: str) -> str:
-    """Ours, "own", where it beats all others by the margin on maps of this memory format, else "vendor" or "padded".
+    """Ours, "own", where it beats all others by the margin on maps of this memory format, else the fastest of the others.
 
     Within one format: a network runs in one, and which one is decided by timing whole networks.
     """
     times = seconds(site, dtype, device)
-    rivals = [kind for kind in ("vendor", "padded") if f"{kind}/{memory_format}" in times]
-    best = min(rivals, key=lambda kind: times[f"{kind}/{memory_format}"])
-    return "own" if times[f"own/{memory_format}"] * MARGIN <= times[f"{best}/{memory_format}"] else best
+    by_kind = {
+        name.split("/")[0]: value for name, value in times.items() if name.endswith(f"/{memory_format}")
+    }
+    own = by_kind.pop("own")
+    best = min(by_kind, key=by_kind.__getitem__)
+    return "own" if own * MARGIN <= by_kind[best] else best
 
 
 def _measure(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -119,8 +127,8 @@ def _measure(site: ConvSite, dtype: torch.dtype, device: torch.device) -> dict[s
     with torch.inference_mode():
         for name, memory_format in FORMATS.items():
             modules: dict[str, nn.Module | None] = {"vendor": site.vendor(), "own": own}
-            if name == "channels_last" and pads(site, device):
-                modules["padded"] = site.padded()
+            if name == "channels_last":
+                modules |= {kind: getattr(site, kind)() for kind in further_kinds(site, dtype, device)}
             for kind, module in modules.items():
                 ready = cast(nn.Module, module).to(device, dtype)
                 if kind != "own":

@@ -7,44 +7,15 @@ from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..nn import CompactConv2d
 from ..nn.compact_conv2d import _fold_batch_norm
-from ..ops import ACTIVATIONS
 from ..ops.winograd import algorithm_for
-from .in_place import IN_PLACE
+from .folded import FoldedConv2d
 from .padded import PaddedConv2d
-from .sums import SummingConv2d, same_kind
-
-
-class FoldedConv2d(nn.Module):
-    """The vendor's convolution with a folded norm, then the residual add and the activation in place.
-
-    Args:
-        conv: used as it is, not copied.
-        activation: a name in ``lightning_prune.ops.ACTIVATIONS``.
-    """
-
-    def __init__(self, conv: nn.Conv2d, activation: str = "none") -> None:
-        super().__init__()
-        self.conv = conv
-        self.activation = activation
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``act(conv(x) + residual)``; shapes as in :class:`lightning_prune.nn.CompactConv2d`."""
-        y: Tensor = self.conv(x)
-        differentiable = torch.is_grad_enabled() and y.requires_grad
-        if residual is not None:
-            in_place = not differentiable and same_kind(y, residual)
-            y = y.add_(residual) if in_place else y + residual
-        if differentiable or self.activation not in IN_PLACE:
-            return ACTIVATIONS[self.activation](y)
-        return IN_PLACE[self.activation](y)
-
-    def extra_repr(self) -> str:
-        """The activation."""
-        return f"activation={self.activation}"
+from .prepacked import PrepackedConv2d
+from .sums import SummingConv2d
 
 
 @dataclass(frozen=True)
@@ -90,6 +61,13 @@ class ConvSite:
         conv = self.conv
         fits = conv.groups == 1 and conv.padding_mode == "zeros" and any(n % 8 for n in conv.weight.shape[:2])
         return PaddedConv2d(self.folded(), self.activation).eval() if fits else None
+
+    def prepacked(self) -> PrepackedConv2d | None:
+        """The module that runs oneDNN's convolution with weights in its own layout; None for paddings it does not know."""
+        try:
+            return PrepackedConv2d(self.folded(), self.activation).eval()
+        except ValueError:
+            return None
 
     def own(self) -> CompactConv2d | None:
         """The module that runs this package's convolution; None where it cannot (reflecting padding)."""
@@ -147,4 +125,4 @@ def fusable(module: nn.Module) -> bool:
     return type(module) is nn.Conv2d and plain(module)
 
 
-__all__ = ["Blueprint", "ConvSite", "FoldedConv2d", "foldable", "fusable", "plain"]
+__all__ = ["Blueprint", "ConvSite", "foldable", "fusable", "plain"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..nn import CompactConv2d
 from ..ops import ACTIVATIONS
-from ..ops._library import output_size
+from ..ops._library import output_shape
 
 
 def same_kind(y: Tensor, residual: Tensor) -> bool:
@@ -18,8 +17,7 @@ def same_kind(y: Tensor, residual: Tensor) -> bool:
 class SummingConv2d(CompactConv2d):
     """The same in the place of a convolution and the sum behind it, which takes whatever torch's sum does.
 
-    The sum is fused where both sides have the same shape, as they had when it was found; otherwise it is an ordinary one. The
-    operator looks at the shapes anyway, so nothing is asked before it refuses.
+    The sum is fused where both sides have the same shape, as they had when it was found; otherwise it is an ordinary one.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -29,22 +27,12 @@ class SummingConv2d(CompactConv2d):
             x: shape (N, C, H, W).
             residual: of a shape that broadcasts with the convolution's, or None.
         """
-        if residual is None:
-            return super().forward(x)
-        if torch.compiler.is_compiling():  # what is traced does not refuse
-            return super().forward(x, residual) if self._fits(x, residual) else self._summed(x, residual)
-        try:
+        if residual is None or x.dim() != 4 or self._fits(x, residual):
             return super().forward(x, residual)
-        except (RuntimeError, ValueError):
-            if x.dim() != 4 or self._fits(x, residual):
-                raise
         return self._summed(x, residual)
 
     def _fits(self, x: Tensor, residual: Tensor) -> bool:
-        settings = zip(
-            x.shape[2:], self.weight_shape[2:], self.stride, self.padding, self.dilation, strict=True
-        )
-        expected = (x.shape[0], self.out_channels, *(output_size(*numbers) for numbers in settings))
+        expected = output_shape(x, self.weight_shape, self.stride, self.padding, self.dilation)
         return tuple(residual.shape) == expected and residual.dtype == x.dtype
 
     def _summed(self, x: Tensor, residual: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune import ops
-from lightning_prune.ops._library import output_format
+from lightning_prune.ops._library import output_format, output_shape
 from lightning_prune.ops.availability import can_run_compact_conv2d
 from lightning_prune.ops.reference import check_input, check_residual
 from lightning_prune.ops.tensor_cores import rows_of_channels
@@ -53,7 +53,7 @@ def vendor(layer: Layer, x: Tensor) -> Run:
 
 
 def prepacked(layer: Layer, x: Tensor) -> Run | None:
-    """Torch's oneDNN with the weight in its own layout and ReLU fused, as in frozen graphs; None where it cannot."""
+    """Torch's oneDNN with the weight in its own layout, sum and ReLU fused, as in frozen graphs; None where it cannot."""
     fits = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     if not fits or output_format(x) is not torch.channels_last:
         return None
@@ -65,13 +65,20 @@ def prepacked(layer: Layer, x: Tensor) -> Run | None:
         convolve = torch.ops.mkldnn._convolution_pointwise
     except (AttributeError, RuntimeError):  # not part of torch's public interface
         return None
-    fused = layer.activation == "relu"
+    fused = layer.activation in ("relu", "none")
+    after = layer.activation if fused else "none"
+    then = "relu" if layer.activation == "relu" else None
+    geometry = (layer.stride, layer.padding, layer.dilation)
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         given = x if layer.in_index is None else x.index_select(1, layer.in_index)
-        after = "relu" if fused and residual is None else "none"
-        y = convolve(given, packed, layer.bias, *settings, after, [], "")
-        return y if after == "relu" else _finished(layer, y, residual)
+        if residual is None:
+            y = convolve(given, packed, layer.bias, *settings, after, [], "")
+            return y if fused else _finished(layer, y, None)
+        adds = fused and layer.out_index is None and residual.dtype == x.dtype
+        if adds and residual.shape == output_shape(x, layer.weight.shape, *geometry):
+            return convolve.binary(given, residual, packed, layer.bias, *settings, "add", 1.0, then, [], "")
+        return _finished(layer, convolve(given, packed, layer.bias, *settings, "none", [], ""), residual)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,12 +32,16 @@ def output_size(size: Any, kernel: Any, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _spatial(
-    x: Tensor, kernel: Any, stride: list[int], padding: list[int], dilation: list[int]
-) -> tuple[Any, Any]:
-    height = output_size(x.shape[2], kernel[0], stride[0], padding[0], dilation[0])
-    width = output_size(x.shape[3], kernel[1], stride[1], padding[1], dilation[1])
-    return height, width
+def output_shape(
+    x: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Any, ...]:
+    """Shape of a convolution's result, (N, O, H', W')."""
+    settings = zip(x.shape[2:], weight_shape[2:], stride, padding, dilation, strict=True)
+    return (x.shape[0], weight_shape[0], *(output_size(*numbers) for numbers in settings))
 
 
 def _masked_conv2d_fake(
@@ -55,9 +60,10 @@ def _masked_conv2d_fake(
     in_gate: Tensor | None = None,
     compact_maps: bool = False,
 ) -> Tensor:
-    height, width = _spatial(x, weight.shape[2:], stride, padding, dilation)
-    outputs = live_out.shape[0] if compact_maps and live_out is not None else weight.shape[0]
-    return new_output(x, (x.shape[0], outputs, height, width))
+    images, outputs, *size = output_shape(x, weight.shape, stride, padding, dilation)
+    if compact_maps and live_out is not None:
+        outputs = live_out.shape[0]
+    return new_output(x, (images, outputs, *size))
 
 
 def _masked_conv2d_backward_fake(
@@ -121,9 +127,10 @@ def _compact_conv2d_fake(
     groups: int,
     activation: str,
 ) -> Tensor:
-    height, width = _spatial(x, weight_shape[2:], stride, padding, dilation)
-    channels = residual.shape[1] if residual is not None and out_index is not None else weight_shape[0]
-    shape = (x.shape[0], channels, height, width)
+    images, channels, *size = output_shape(x, weight_shape, stride, padding, dilation)
+    if residual is not None and out_index is not None:
+        channels = residual.shape[1]
+    shape = (images, channels, *size)
     if x.is_cuda:
         from lightning_prune.ops.reference import packed_size
         from lightning_prune.ops.tensor_cores import carried_lanes, padded_output, rows_of_channels

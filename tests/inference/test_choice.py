@@ -43,6 +43,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[ConvSite]:
             "vendor/channels_last": 2.0,
             "own/contiguous": 3.0,
             "own/channels_last": 1.96,
+            "prepacked/channels_last": 2.5,
         }
 
     monkeypatch.setattr(choice, "_measure", measure)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune import TraceError, ops, optimize_for_inference
 from lightning_prune.inference import OptimizedModule
-from lightning_prune.inference.sites import FoldedConv2d
+from lightning_prune.inference.folded import FoldedConv2d
 from lightning_prune.inputs import call_model
 from lightning_prune.nn import CompactConv2d
 from tests.inference.networks import NETWORKS, network

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lightning_prune import ops, optimize_for_inference
 from lightning_prune.inference import choice, optimize
+from lightning_prune.inference.folded import FoldedConv2d
 from lightning_prune.inference.padded import PaddedConv2d
-from lightning_prune.inference.sites import ConvSite, FoldedConv2d
+from lightning_prune.inference.sites import ConvSite
 from lightning_prune.ops.tensor_cores import padded_output, room_of, with_room
 from tests.inference.networks import network
 
@@ -112,7 +113,7 @@ def test_a_network_of_padded_convolutions(name: str, monkeypatch: pytest.MonkeyP
         pytest.skip("no compiled extension")
     model, x = network(name).eval(), torch.randn(2, 3, 16, 16)
     for module in (choice, optimize):
-        monkeypatch.setattr(module, "pads", lambda site, device: site.padded() is not None)
+        monkeypatch.setattr(module, "further_kinds", lambda site, *_: ["padded"] if site.padded() else [])
     monkeypatch.setattr(optimize, "_segmented", lambda *arguments: [])
     for wins in ("whole", "each"):
         times = {"vendor/contiguous": 3.0, "own/contiguous": 3.0, "vendor/channels_last": 3.0}
