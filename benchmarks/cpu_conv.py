@@ -10,7 +10,7 @@ which is what a user of that runtime could do instead. Interleaved rounds, one t
 
 from __future__ import annotations
 
-import math
+import argparse
 import statistics
 import time
 from typing import Any
@@ -59,6 +59,16 @@ def shape_classes() -> dict[str, list[Any]]:
         "3x3 gather and scatter": gather,
         "1x1 gather and scatter, runs": runs,
     }
+
+
+def cases(options: argparse.Namespace) -> list[tuple[str, Any]]:
+    """Class and shape of what ``--classes`` and ``--quick`` ask for."""
+    return [
+        (name, shape)
+        for name, shapes in shape_classes().items()
+        if not options.classes or any(part in name for part in options.classes)
+        for shape in (shapes[:1] if options.quick else shapes)
+    ]
 
 
 def measure(shape: Any, peers: dict[str, Any], rounds: int, budget: float, deadline: float) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def summary(results: dict[str, list[dict[str, Any]]]) -> str:
         cells = []
         for key in ("ratio", "auto_ratio"):
             ratios = [row[key] for row in rows]
-            cells += [math.exp(statistics.fmean(map(math.log, ratios))), min(ratios)]
+            cells += [statistics.geometric_mean(ratios), min(ratios)]
         cells.append(min(row["auto_over_torch"] for row in rows))
         lines.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} | {len(rows)} |")
     return "\n".join(lines)
@@ -143,15 +153,10 @@ def main() -> None:
     peers = {name: PEERS[name] for name in names}
     rounds, budget = (5, 0.001) if options.quick else (options.rounds, 0.003)
     results: dict[str, list[dict[str, Any]]] = {}
-    cases = [
-        (name, shape)
-        for name, shapes in shape_classes().items()
-        if not options.classes or any(part in name for part in options.classes)
-        for shape in (shapes[:1] if options.quick else shapes)
-    ]
+    wanted = cases(options)
     with torch.inference_mode():
-        for number, (name, shape) in enumerate(cases):
-            deadline = begin + options.seconds * (number + 1) / len(cases)
+        for number, (name, shape) in enumerate(wanted):
+            deadline = begin + options.seconds * (number + 1) / len(wanted)
             row = measure(shape, peers, rounds, budget, deadline)
             results.setdefault(name, []).append(row)
             print(f"{row['shape']:32} {row['ratio']:5.2f} of {row['best_peer']}", flush=True)

@@ -10,14 +10,13 @@ the ratio within a round; peers that are far behind after a few rounds leave the
 
 from __future__ import annotations
 
-import math
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from cpu_conv import shape_classes
+from cpu_conv import cases
 from cpu_runtimes import LEAST_ROUNDS, environment, installed, parser, pin_environment, write
 from cpu_workers import OURS, Worker, medians, prepared, processes, race
 
@@ -92,8 +91,9 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     lines = ["| class | geometric mean | worst | shapes |", "|---|---:|---:|---:|"]
     for name, rows in results.items():
         ratios = [row["ratio"] for row in rows]
-        mean = math.exp(statistics.fmean(map(math.log, ratios)))
-        lines.append(f"| {name} | {mean:.2f} | {min(ratios):.2f} | {len(rows)} |")
+        lines.append(
+            f"| {name} | {statistics.geometric_mean(ratios):.2f} | {min(ratios):.2f} | {len(rows)} |"
+        )
     for name, rows in results.items():
         lines += [f"\n### {name}\n", "| shape | ours, us | best peer | us | ratio | rounds | error |"]
         lines += ["|---|---:|---|---:|---:|---:|---:|"]
@@ -118,16 +118,10 @@ def main() -> None:
     found, versions, missing = installed([r for r in RUNTIMES if r != "torch.compile"], options.isa)
     context = processes()
     workers = {runtime: Worker(context, runtime) for runtime in found}
-    cases = [
-        (name, shape)
-        for name, shapes in shape_classes().items()
-        if not options.classes or any(part in name for part in options.classes)
-        for shape in (shapes[:1] if options.quick else shapes)
-        if not shape.stream
-    ]
+    wanted = [(name, shape) for name, shape in cases(options) if not shape.stream]
     results: dict[str, list[dict[str, Any]]] = {}
-    for number, (name, shape) in enumerate(cases):
-        deadline = begin + options.seconds * (number + 1) / len(cases)
+    for number, (name, shape) in enumerate(wanted):
+        deadline = begin + options.seconds * (number + 1) / len(wanted)
         row = measure(workers, shape, LEAST_ROUNDS if options.quick else options.rounds, deadline)
         results.setdefault(name, []).append(row)
         print(
