@@ -18,7 +18,7 @@ from typing import Any
 
 from cpu_conv import cases
 from cpu_runtimes import LEAST_ROUNDS, environment, installed, parser, pin_environment, write
-from cpu_workers import OURS, Worker, medians, prepared, processes, race
+from cpu_workers import OURS, Worker, medians, over_ours, prepared, processes, race
 
 THREADS = 2
 #: seconds for which short calls are repeated
@@ -66,11 +66,7 @@ def measure(workers: dict[str, Worker], shape: Any, rounds: int, deadline: float
         active, errors, failed = prepared(workers, setting)
         times = race(active, rounds, THREADS, [tuple(x)], (), deadline)
     ours = times[OURS, "ragged"]
-    over = {
-        key: statistics.median(peer / us for peer, us in zip(seconds, ours, strict=False))
-        for key, seconds in times.items()
-        if key[0] != OURS
-    }
+    over = {peer: over_ours(times, peer) for peer in times if peer[0] != OURS}
     best = min(over, key=over.__getitem__)
     return {
         "shape": shape.name,

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from cpu_runtimes import LEAST_ROUNDS, PACKAGES, environment, installed, parser, pin_environment, write
-from cpu_workers import OURS, Times, Worker, medians, prepared, processes, race
+from cpu_workers import OURS, Times, Worker, medians, over_ours, prepared, processes, race
 
 VARIANTS = ("ragged", "padded", "rounded", "dense")
 #: what competes with each other
@@ -97,17 +96,12 @@ def measure(
 
 
 def ratios(times: Times) -> dict[str, Any]:
-    """Ours against the best peer (ragged or padded; rounded), against eager, and against the best one unpruned.
-
-    A ratio is the median of those within one round: a virtual machine may move its processors apart between rounds, and then
-    two threads take up to 1.7 times as long, for everybody.
-    """
-
-    def over_ours(seconds: list[float], own: str = "ragged") -> float:
-        return statistics.median(peer / us for peer, us in zip(seconds, times[OURS, own], strict=False))
+    """Ours against the best peer (ragged or padded; rounded), against eager, and against the best one unpruned."""
 
     def best(variants: tuple[str, ...], own: str = "ragged") -> tuple[float, str] | None:
-        peers = [(over_ours(s, own), r) for (r, v), s in times.items() if v in variants and r != OURS]
+        peers = [
+            (over_ours(times, key, own), key[0]) for key in times if key[1] in variants and key[0] != OURS
+        ]
         return min(peers, default=None)
 
     middle = medians(times)
@@ -115,8 +109,8 @@ def ratios(times: Times) -> dict[str, Any]:
     if peer := best(("ragged", "padded")):
         least = min(of[peer[1]] for v, of in middle.items() if v in ("ragged", "padded") and peer[1] in of)
         result |= {"best_peer": peer[1], "best_peer_ms": least, "ratio": peer[0]}
-    if eager := times.get(("eager", "ragged")):
-        result["over_eager"] = over_ours(eager)
+    if times.get(eager := ("eager", "ragged")):
+        result["over_eager"] = over_ours(times, eager)
     if unpruned := best(("dense",)):
         result["over_unpruned"] = unpruned[0]
     if (OURS, "rounded") in times and (peer := best(("rounded",), "rounded")):

@@ -149,3 +149,12 @@ def medians(times: Times) -> dict[str, dict[str, float]]:
     for (runtime, variant), seconds in times.items():
         result.setdefault(variant, {})[runtime] = statistics.median(seconds) * 1e3
     return result
+
+
+def over_ours(times: Times, peer: tuple[str, str], own: str = "ragged") -> float:
+    """How many times as long as our ``own`` variant a runtime and variant took: the median of the ratios within one round.
+
+    A virtual machine may move its processors apart between rounds, and then two threads take up to 1.7 times as long, for
+    everybody.
+    """
+    return statistics.median(theirs / us for theirs, us in zip(times[peer], times[OURS, own], strict=False))
