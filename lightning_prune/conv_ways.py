@@ -1,4 +1,4 @@
-"""The ways to compute a convolution of which some channels are dead, forward and backward, under autograd.
+"""The ways to compute a convolution of which some channels are dead, forward and backward, under autograd; which is fastest.
 
 Of maps of live channels only it is, on the CPU, the dense convolution of a smaller weight, the live rows and columns side by
 side: they are copied once per step, and the gradient is spread over the whole weight with its zeros.
@@ -6,6 +6,7 @@ side: they are copied once per step, and the gradient is spread over the whole w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor
 from .derivatives import differentiable
 from .ops.availability import can_run_masked_conv2d
 from .reused_memory import ReusedMemory
+from .timing import fastest
 
 #: Ways to compute one part of a convolution: by torch, by the compiled kernel over live channels, by it over all of them.
 PLAIN, SKIP, FULL = 0, 1, 2
@@ -33,6 +35,8 @@ class Choice(NamedTuple):
 ALL_PLAIN = Choice(PLAIN, PLAIN, PLAIN)
 #: elements of a weight whose live part the kernel copies anew in every call, which takes less time than another call
 _SMALL = 40_000
+#: in a step torch's kernels take so many times as long as alone on the CPU: their results lie in fresh memory every time
+_FRESH_MEMORY = 1.3
 
 
 @dataclass(frozen=True)
@@ -289,3 +293,29 @@ class SkippedConv(torch.autograd.Function):
         if live:
             found = widened(found, weight, bias, gate, call, needs)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None)
+
+
+@torch.no_grad()
+def measure(
+    ways: tuple[int, ...],
+    call: ConvCall,
+    needs: tuple[bool, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+) -> Choice:
+    """The fastest of the ``ways`` for each part, on this batch, without autograd: no hook of the user's sees it."""
+    x, weight = x.detach(), weight.detach()
+    bias, gate = (None if t is None else t.detach() for t in (bias, gate))
+    if call.compact and x.device.type == "cpu":
+        weight, bias, gate, call = narrowed(weight, bias, gate, call)
+    arguments = (x, weight, bias, gate, call)
+    y = forward(*arguments)
+    parts: list[Callable[[int], Any] | None] = [lambda way: forward(*arguments, way)]
+    for part in ((needs[0], False, False, False), (False, *needs[1:])):
+        run = partial(backward, y, *arguments, part)
+        parts.append(run if any(part) else None)
+    handicap = _FRESH_MEMORY if x.device.type == "cpu" else 1.0
+    # What nobody asks for is never computed and need not be measured again.
+    return Choice(*(SKIP if run is None else fastest(run, ways, x.device, handicap) for run in parts))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,10 @@ from .nn._convert import symmetric_padding
 from .ops.availability import can_run_masked_conv2d, cuda_built, extension_available
 from .ops.map_memory import release_maps
 from .reused_memory import ReusedMemory
-from .timing import fastest
 from .whole_network import whole_network_calls
 
 #: smaller convolutions (multiply-accumulates of one dense forward call) are left alone
 LEAST_MACS = 400_000
-#: in a step torch's kernels take so many times as long as alone on the CPU: their results lie in fresh memory every time
-_FRESH_MEMORY = 1.3
 #: largest difference of a network with narrower maps, relative to its largest output, that rounding explains
 _AGREEMENT = 1e-3
 
@@ -319,7 +315,7 @@ def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, gat
     step = math.ceil(layer.share * layer.steps)
     measured, choice = layer.verdicts.get(key, (layer.steps + 1, ALL_PLAIN))
     if (compact or choice != (SKIP, SKIP, SKIP)) and step < measured:
-        found = _measure(layer, x, weight, bias, gate, needs, call)
+        found = _measure(layer, call, needs, x, weight, bias, gate)
         if not compact:
             found = Choice(*(SKIP if old == SKIP else new for old, new in zip(choice, found, strict=True)))
         choice = found
@@ -330,32 +326,11 @@ def _convolve(layer: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None, gat
     return plain(layer.module, x, conv_ways.gated(weight, gate), bias)
 
 
-@torch.no_grad()
-def _measure(
-    layer: _Layer,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    needs: tuple[bool, ...],
-    call: ConvCall,
-) -> Choice:
-    """Time each part both ways on this batch, without autograd (nothing is recorded, no hook of the user's sees it)."""
-    x, weight = x.detach(), weight.detach()
-    bias, gate = (None if t is None else t.detach() for t in (bias, gate))
+def _measure(layer: _Layer, call: ConvCall, *arguments: Any) -> Choice:
+    """Each part in the way that the clock says, of those that are possible."""
     # Leaving out a few channels can cost more than it saves: vectors have 8 or 16 of them.
     ways = (PLAIN, SKIP) if call.compact else (PLAIN, FULL) if layer.share == 1.0 else (PLAIN, SKIP, FULL)
-    if call.compact and x.device.type == "cpu":
-        weight, bias, gate, call = conv_ways.narrowed(weight, bias, gate, call)
-    arguments = (x, weight, bias, gate, call)
-    y = conv_ways.forward(*arguments)
-    parts: list[Callable[[int], Any] | None] = [lambda way: conv_ways.forward(*arguments, way)]
-    for part in ((needs[0], False, False, False), (False, *needs[1:])):
-        run = partial(conv_ways.backward, y, *arguments, part)
-        parts.append(run if any(part) else None)
-    handicap = _FRESH_MEMORY if x.device.type == "cpu" else 1.0
-    # What nobody asks for is never computed and need not be measured again.
-    return Choice(*(SKIP if run is None else fastest(run, ways, x.device, handicap) for run in parts))
+    return conv_ways.measure(ways, call, *arguments)
 
 
 def _layers(model: nn.Module, graph: ChannelGraph, steps: int) -> list[_Layer]:
