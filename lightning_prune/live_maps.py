@@ -57,7 +57,8 @@ class LiveMaps:
         self._private: dict[nn.Module, tuple[int, ...]] = {}  # keys of hooks that nobody else listens by
         self._possible = False
         self._device = next((p.device.type for p in model.parameters()), "cpu")
-        self.running = self._last = False
+        self.running = False
+        self.narrow = False  #: whether the last call of the whole network had compact maps
         self.always = False  #: in evaluation too
         whole = set(calls)
         self._inside = [m for m in model.modules() if m not in whole and not _holds(m, whole)]
@@ -103,7 +104,7 @@ class LiveMaps:
         if self.running:
             return True
         # A checkpointed part of the network is computed again in the backward pass, and must come out alike.
-        return self._last and torch._C._current_graph_task_id() != -1
+        return self.narrow and torch._C._current_graph_task_id() != -1
 
     def ready(self, call: nn.Module, args: Any) -> bool:
         """Whether this call of the whole network may run with compact maps."""
@@ -133,7 +134,7 @@ class LiveMaps:
 
     def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``call`` with compact maps."""
-        self.running = self._last = True
+        self.running = self.narrow = True
         try:
             return call(*args, **kwargs)
         finally:
@@ -141,7 +142,7 @@ class LiveMaps:
 
     def full(self) -> None:
         """What is computed again in a backward pass had full maps: parts of a call of the whole network, or of no such call."""
-        self._last = False
+        self.narrow = False
 
     def detach(self) -> None:
         """Remove hooks and exchanged calls."""

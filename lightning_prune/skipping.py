@@ -7,7 +7,7 @@ call of the convolution changes, during the module's own forward, on top of what
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +121,17 @@ class _Layer:
         parts = (True, needs[0], any(needs[1:]))
         ways = {way for way, part in zip(choice, parts, strict=True) if part}
         return (self.call(compact), ways.pop()) if len(ways) == 1 and PLAIN not in ways else None
+
+    def left_out(self, narrow: bool) -> float:
+        """See :meth:`DeadChannelSkipper.left_out`; ``narrow``: the maps of the step held live channels only."""
+        if narrow and (self.live_in is not None or self.live_out is not None):
+            return 1.0 - self.share
+        # Of maps that hold all channels, in training.
+        known = [verdict for kind, verdict in self.verdicts.items() if kind[1] is not True and any(kind[-3])]
+        if not known:
+            return 0.0
+        _, newest = min(known, key=lambda verdict: verdict[0])
+        return (1.0 - self.share) * (sum(way == SKIP for way in newest) / len(newest))
 
 
 class DeadChannelSkipper:
@@ -246,6 +257,11 @@ class DeadChannelSkipper:
     def skipping(self) -> list[nn.Conv2d]:
         """Convolutions of which some part has been measured to be faster by the compiled kernel."""
         return [layer.module for layer in self._layers if any(any(c) for _, c in layer.verdicts.values())]
+
+    def left_out(self) -> Iterator[tuple[nn.Conv2d, float]]:
+        """Convolutions, and the share of its multiply-accumulates that each has left out in the step that is under way."""
+        narrow = self._maps is not None and self._maps.narrow
+        return ((layer.module, layer.left_out(narrow)) for layer in self._layers)
 
     def detach(self) -> None:
         """Remove the hooks; the model is exactly as it was."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from torch import nn
 
 from .channels.groups import ChannelGraph, Mask, Term
-from .conv_ways import SKIP
 from .cost import CostModel
 from .hooks import compiled
 from .skipping import DeadChannelSkipper
@@ -40,21 +37,8 @@ class StepWork:
             return macs
         plain = {inner for module in model.modules() if compiled(module) for inner in module.modules()}
         names = {module: name for name, module in model.named_modules() if module not in plain}
-        narrow = skipper._maps is not None and skipper._maps._last
         mask = present.astype(np.float64)
-        for layer in skipper._layers:
-            share = (1.0 - layer.share) * _skipped(layer, narrow)
-            for term in self._terms.get(names[layer.module], ()) if share and layer.module in names else ():
+        for module, share in skipper.left_out():
+            for term in self._terms.get(names[module], ()) if share and module in names else ():
                 macs -= share * term.coefficient * float(np.prod([axis.size(mask) for axis in term.axes]))
         return macs
-
-
-def _skipped(layer: Any, narrow: bool) -> float:
-    """Share of a convolution's three parts that leaves its dead channels out; ``narrow``: the maps have none."""
-    if narrow and (layer.live_in is not None or layer.live_out is not None):
-        return 1.0
-    known = [verdict for kind, verdict in layer.verdicts.items() if kind[1] is not True and any(kind[-3])]
-    if not known:
-        return 0.0
-    _, newest = min(known, key=lambda verdict: verdict[0])
-    return sum(way == SKIP for way in newest) / len(newest)
