@@ -67,14 +67,10 @@ class PruningFit:
         self.step_macs, self.counted = self.macs.dense, False
         self._work = StepWork(self.graph)
         self._first_filters: FirstFilterWatch | None = None
-        self.plan: CompactionPlan | None = None
-        self.learner: MaskLearner | None = None
         self.keeper: WeightKeeper | None = None
-        self.skipper: DeadChannelSkipper | None = None
-        self.reconfigurer: Reconfigurer | None = None
         self._auto = config.cuts_unasked
         self.early: dict[str, Tensor] | None = None
-        self.distiller: Distiller | None = None
+        self._start_anew()
         self.budget: BudgetReport | None = None
         self._network_calls = logit_calls(model, self._inputs_for(model)) if config.distill else []
         self.chooser: MaskChooser | None = None
@@ -88,6 +84,15 @@ class PruningFit:
             self.chooser = MaskChooser(config, self.graph, self.cost, removable)
             if config.metric != "latency":  # which is measured when the model is on its device
                 self.chooser.check()  # an unreachable budget shows now, not after learning
+
+    def _start_anew(self) -> None:
+        """No channel is dead, and nothing is hung on the model; what a fit that goes on had is in its state."""
+        self.plan: CompactionPlan | None = None
+        self.learner: MaskLearner | None = None
+        self.skipper: DeadChannelSkipper | None = None
+        self.reconfigurer: Reconfigurer | None = None
+        self.distiller: Distiller | None = None
+        self._held: Mask = np.ones(self.graph.num_channels, dtype=bool)
 
     # ---- phases ----------------------------------------------------------------------------------------------------
 
@@ -110,9 +115,7 @@ class PruningFit:
         ``gradients_meet``: a weight's step may depend on the gradients of others.
         """
         config = self.config
-        for name in ("plan", "learner", "skipper", "reconfigurer", "distiller"):
-            setattr(self, name, None)  # they are those of a fit that goes on
-        self._held: Mask = np.ones(self.graph.num_channels, dtype=bool)
+        self._start_anew()
         self.keeper = WeightKeeper(model, self.graph, optimizers if config.dead_channel_skipping else tuple)
         if config.metric == "latency" and self.chooser is not None:
             self.cost = measure_latency_cost(model, self._inputs_for(model), self.graph, progress)
@@ -269,14 +272,10 @@ class PruningFit:
 
     def release(self) -> None:
         """Take every hook off the model, which is full-size again."""
-        if self.learner is not None:
-            self.learner.gates.detach()
-        if self.skipper is not None:
-            self.skipper.detach()
-        if self.keeper is not None:
-            self.keeper.detach()
-        if self.distiller is not None:
-            self.distiller.detach()
+        gates = self.learner.gates if self.learner is not None else None
+        for part in (gates, self.skipper, self.keeper, self.distiller):
+            if part is not None:
+                part.detach()
         if self.reconfigurer is not None:
             self.reconfigurer.widen()
 
