@@ -161,7 +161,7 @@ class ChannelPruning(pl.Callback):
         )
         self.compact_on_fit_end = compact_on_fit_end
         self._given_inputs, self._stage = example_inputs, "fit"
-        self._plateau = Plateau(monitor, patience)
+        self._watched = monitor, patience
         self._schedule: Schedule | None = None
         self._kept_batches = max(wanted_batches(recalibrate), _RECENT_BATCHES * reconstruct)
         self._start_anew()
@@ -174,7 +174,7 @@ class ChannelPruning(pl.Callback):
         self._module, self._last_step, self._begun_step = module, -1, -1
         self._fit: PruningFit | None = None
         self._resumed: dict[str, Any] = {}
-        self._plateau = Plateau(self._plateau.monitor, self._plateau.patience)
+        self._plateau = Plateau(*self._watched)
         self._recent = RecentBatches(self._kept_batches)
         self._meter = TrainingMeter()
 
