@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune import ChannelPruning, PruneError, trace_channels
 from lightning_prune.gates import attach
 from lightning_prune.gates.attach import GateHooks
+from lightning_prune.gates.measured import APoZGates
 from tests.fit.toys import ToyModule, ToyNet, loader, trainer
 
 # Where a graph begins at a map, torch.compile asks for its gradient.
@@ -105,3 +106,20 @@ def test_distillation_hears_a_network_that_was_compiled_before() -> None:
     assert callback.history[-1]["distill"] == pytest.approx(
         fit("", distill=0.5, plan=callback.plan).history[-1]["distill"]
     )
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_reads_are_watched_in_a_network_that_was_compiled_before(soft: bool) -> None:
+    net = ToyNet()
+    graph = trace_channels(net, X)
+    net.compile(backend="eager")
+    net(X)
+    gates = APoZGates(net, graph, torch.ones(graph.num_channels, dtype=torch.bool), lr=0.1)
+    gates.soft = soft
+    gates.attach()
+    net(X)
+    assert gates._reads.any()
+    gates.detach()
+    gates._reads.zero_()
+    net(X)
+    assert not gates._reads.any()
