@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_prune import ops
 from lightning_prune.nn import CompactConv2d
+from lightning_prune.ops.compact_conv2d import prepared_settings
 from lightning_prune.ops.winograd import algorithm_for
 
 Run = Callable[[], object]
@@ -122,10 +123,10 @@ def own(problem: Problem) -> Run:
     packed = ops.pack_conv2d_weight(problem.weight, problem.shape.groups, algorithm)
     x = problem.x.contiguous(memory_format=last)
     residual = None if problem.residual is None else problem.residual.contiguous(memory_format=last)
-    arguments = (packed, problem.bias, residual, problem.index, problem.out_index, list(problem.weight.shape))
-    s = problem.shape
-    settings = ([s.stride] * 2, [s.padding] * 2, [s.dilation] * 2, s.groups, "relu")
-    return lambda: torch.ops.lightning_prune.compact_conv2d(x, *arguments, *settings)
+    arguments = (packed, problem.bias, residual, problem.index, problem.out_index)
+    settings = prepared_settings(problem.weight.shape, *problem.settings, "relu")
+    convolve = torch.ops.lightning_prune.compact_conv2d_prepared.default
+    return lambda: convolve(x, *arguments, settings)
 
 
 def module(problem: Problem) -> Run:

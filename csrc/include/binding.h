@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -43,8 +44,15 @@ inline std::string show(const int64_t* values, size_t count) {
 inline std::string show(const Sizes& sizes) { return show(sizes.data(), sizes.size()); }
 inline std::string show_shape(const Tensor& t) { return show(t.sizes().data(), size_t(t.dim())); }
 
+// Most tensors are contiguous: asking first saves a call of the dispatcher.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline bool has_shape(const Tensor& t, const Sizes& shape) {
+  const auto sizes = t.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+}
 bool same_shape(const Tensor& t, const Tensor& other);
 const char* dtype_name(ScalarType type);
+constexpr int kActivations = 7;
 Act parse_activation(const char* op, const std::string& name);
 
 // Or the largest number, where it does not fit: so that what a caller gives cannot wrap around to something that does.

@@ -62,7 +62,7 @@ NormArguments check(const char* op, const Tensor& x, const std::optional<Tensor>
          " (cast with x.float())");
   if (eps < 0) fail(op, ": eps must not be negative; got ", eps);
   const int64_t channels = compact_of > 0 ? compact_of : x.size(1);
-  NormArguments a{is_channels_last(x) ? x : torch::stable::contiguous(x), channels, {}, {}, {}, {}, {}, {}};
+  NormArguments a{is_channels_last(x) ? x : dense(x), channels, {}, {}, {}, {}, {}, {}};
   if (residual) {
     check_map(op, "residual", *residual, x);
     a.residual = laid_out(*residual, a.x);

@@ -31,8 +31,8 @@ const char* dtype_name(ScalarType type) {
 }
 
 Act parse_activation(const char* op, const std::string& name) {
-  static const char* const names[] = {"none", "relu", "relu6", "silu", "hardswish", "gelu", "sigmoid"};
-  for (int i = 0; i < 7; ++i)
+  static const char* const names[kActivations] = {"none", "relu", "relu6", "silu", "hardswish", "gelu", "sigmoid"};
+  for (int i = 0; i < kActivations; ++i)
     if (name == names[i]) return Act(i);
   fail(op, ": activation must be one of none, relu, relu6, silu, hardswish, gelu, sigmoid; got '", name, "'");
 }
@@ -109,7 +109,7 @@ Tensor vector_argument(const char* op, const char* name, const Tensor& t, int64_
   const ScalarType expected = type.value_or(like.scalar_type());
   if (t.scalar_type() != expected)
     fail(op, ": ", name, " must be ", dtype_name(expected), "; got ", dtype_name(t.scalar_type()));
-  return torch::stable::contiguous(t);
+  return dense(t);
 }
 
 Tensor index_argument(const char* op, const char* name, const Tensor& t, int64_t limit, Order order, const Tensor& like) {
@@ -119,7 +119,7 @@ Tensor index_argument(const char* op, const char* name, const Tensor& t, int64_t
          dtype_name(t.scalar_type()));
   if (order != Order::any && t.size(0) > limit)
     fail(op, ": ", name, " has ", t.size(0), " indices for ", limit, " channels; indices must be unique");
-  Tensor index = torch::stable::contiguous(t);
+  Tensor index = dense(t);
   if (t.is_cuda()) return index;
   const auto* values = static_cast<const int64_t*>(index.data_ptr());
   std::vector<bool> seen(order == Order::unique ? size_t(limit) : 0);

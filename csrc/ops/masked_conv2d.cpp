@@ -50,7 +50,7 @@ Arguments check(const char* op, const Tensor& x, const Tensor& weight, const std
     if (in_gate->dim() != 1 || in_gate->size(0) != a.shape.channels || in_gate->scalar_type() != x.scalar_type())
       fail(op, ": in_gate must be ", dtype_name(x.scalar_type()), " of shape (", a.shape.channels,
            "), one value per input channel; got ", dtype_name(in_gate->scalar_type()), " of shape ", show_shape(*in_gate));
-    a.in_gate = torch::stable::contiguous(*in_gate);
+    a.in_gate = dense(*in_gate);
   }
   if (live_in) a.live_in = index_argument(op, "live_in", *live_in, a.shape.channels, Order::sorted, x);
   if (live_out) a.live_out = index_argument(op, "live_out", *live_out, a.shape.outputs, Order::sorted, x);

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune import ops
 from lightning_prune.nn._backend import Chooser, Layer
 from lightning_prune.nn._convert import activation_name, check_conv, symmetric_padding
+from lightning_prune.ops.compact_conv2d import prepared_settings
 from lightning_prune.ops.masked_conv2d import pair
 from lightning_prune.ops.reference import check_index, packed_size
 from lightning_prune.ops.strassen import STRASSEN
@@ -130,6 +131,9 @@ class CompactConv2d(nn.Module):
         self.groups = groups
         self.exact = exact
         self.activation = activation_name(activation)
+        self._settings = prepared_settings(
+            self.weight_shape, stride, padding, dilation, groups, self.activation
+        )
         if in_index is not None and in_index.numel() != self.in_channels:
             raise ValueError(
                 f"in_index must have {self.in_channels} entries, one per input; got {in_index.numel()}"
@@ -289,12 +293,11 @@ class CompactConv2d(nn.Module):
         return self._chooser.choose(backend, x, residual)(x, residual)
 
     def _compiled(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """The compiled operator, without asking whether it takes the input; about 3 us of Python less."""
+        """The compiled operator, without asking whether it takes the input; about 5 us less."""
         held = self._buffers
-        return torch.ops.lightning_prune.compact_conv2d.default(
-            x, held["packed"], held["bias"], residual, held["in_index"], held["out_index"], self.weight_shape,
-            self.stride, self.padding, self.dilation, self.groups, self.activation,
-        )  # fmt: skip
+        return torch.ops.lightning_prune.compact_conv2d_prepared.default(
+            x, held["packed"], held["bias"], residual, held["in_index"], held["out_index"], self._settings
+        )
 
     def _own(self, x: Tensor, residual: Tensor | None, activation: str | None = None) -> Tensor:
         return ops.compact_conv2d(

@@ -143,6 +143,19 @@ def _compact_conv2d_fake(
     return new_output(x, shape)
 
 
+def _prepared_fake(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    settings: list[int],
+) -> Tensor:
+    shapes = (settings[:4], settings[4:6], settings[6:8], settings[8:10], settings[10], "")
+    return _compact_conv2d_fake(x, packed, bias, residual, in_index, out_index, *shapes)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, gate, live_in, live_out, *settings, in_gate, ctx.compact_maps = inputs
     ctx.settings = settings
@@ -186,6 +199,7 @@ def _register() -> None:
     library.register_fake(f"{NAMESPACE}::masked_conv2d_backward", _masked_conv2d_backward_fake)
     library.register_fake(f"{NAMESPACE}::pack_conv2d_weight", _pack_fake)
     library.register_fake(f"{NAMESPACE}::compact_conv2d", _compact_conv2d_fake)
+    library.register_fake(f"{NAMESPACE}::compact_conv2d_prepared", _prepared_fake)
     library.register_fake(f"{NAMESPACE}::keep_bits", lambda tensors, keep: None)
     library.register_fake(f"{NAMESPACE}::live_block", _live_block_fake)
     for name in ("spread_block", "gather_blocks", "spread_blocks"):

@@ -10,9 +10,10 @@ from torch import Tensor
 from lightning_prune.ops import reference
 from lightning_prune.ops.availability import can_run_compact_conv2d
 from lightning_prune.ops.masked_conv2d import pair
-from lightning_prune.ops.reference import unpack_conv2d_weight
+from lightning_prune.ops.reference import ACTIVATIONS, unpack_conv2d_weight
 
-__all__ = ["compact_conv2d", "pack_conv2d_weight", "unpack_conv2d_weight"]
+__all__ = ["compact_conv2d", "pack_conv2d_weight", "prepared_settings", "unpack_conv2d_weight"]
+_PLACES = {name: place for place, name in enumerate(ACTIVATIONS)}
 
 
 def pack_conv2d_weight(weight: Tensor, groups: int = 1, algorithm: str = "direct") -> Tensor:
@@ -130,3 +131,24 @@ def compact_conv2d(
             x, packed, bias, residual, in_index, out_index, *arguments
         )
     return reference.compact_conv2d(x, packed, bias, residual, in_index, out_index, *arguments)
+
+
+def prepared_settings(
+    weight_shape: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "none",
+) -> list[int]:
+    """All that is no tensor among the arguments of :func:`compact_conv2d`, as 12 integers.
+
+    ``torch.ops.lightning_prune.compact_conv2d_prepared(x, packed, bias, residual, in_index, out_index, settings)`` is the
+    compiled operator of one convolution that is called often: handing over lists and strings costs microseconds, in every
+    call.
+
+    Raises:
+        KeyError: the activation is not in ``ACTIVATIONS``.
+    """
+    pairs = (*pair(stride), *pair(padding), *pair(dilation))
+    return [*map(int, weight_shape), *pairs, int(groups), _PLACES[activation]]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_prune import ops
 from lightning_prune.ops import reference
+from lightning_prune.ops.compact_conv2d import prepared_settings
 from tests.ops.conv_cases import TOLERANCE, ConvCase, conv_cases, error
 
 OP = torch.ops.lightning_prune
@@ -50,6 +51,8 @@ def test_matches_the_reference(target: torch.device, case: ConvCase, data: st.Da
             out_index = torch.tensor(order[: case.outputs], dtype=torch.int64, device=target)
     packed = OP.pack_conv2d_weight(weight, case.groups)
     y = OP.compact_conv2d(x, packed, bias, residual, in_index, out_index, case.weight_shape, *case.settings)
+    numbers = prepared_settings(case.weight_shape, *case.settings)
+    assert torch.equal(OP.compact_conv2d_prepared(x, packed, bias, residual, in_index, out_index, numbers), y)
     double = [None if t is None else t.double() for t in (x, packed, bias, residual)]
     expected = reference.compact_conv2d(*double, in_index, out_index, case.weight_shape, *case.settings)
     assert y.dtype == case.dtype
@@ -137,6 +140,7 @@ def test_opcheck(target: torch.device, dtype: torch.dtype, scatter: bool) -> Non
         "silu",
     )
     torch.library.opcheck(OP.compact_conv2d, arguments)
+    torch.library.opcheck(OP.compact_conv2d_prepared, (*arguments[:6], prepared_settings(*arguments[6:])))
 
 
 @pytest.mark.parametrize(
@@ -193,3 +197,25 @@ def test_bad_arguments_name_expected_and_actual(change: dict[str, object], messa
         OP.compact_conv2d(*{**arguments, **change}.values())
     with pytest.raises(RuntimeError, match="groups must divide the 4 output channels; got groups=3"):
         OP.pack_conv2d_weight(torch.zeros(4, 3, 3, 3), 3)
+
+
+@pytest.mark.parametrize(
+    "numbers", [[4, 3, 3, 3], [4, 3, 3, 3, 1, 1, 0, 0, 1, 1, 1, 7], [4, 3, 3, 3, 1, 1, 0, 0, 1, 1, 1, -1]]
+)
+def test_bad_settings_are_refused(numbers: list[int]) -> None:
+    if not ops.extension_available():
+        pytest.skip("messages of the compiled operator")
+    with pytest.raises(
+        RuntimeError, match="settings must be weight_shape, .* 12 integers; got \\(4, 3, 3, 3"
+    ):
+        OP.compact_conv2d_prepared(torch.zeros(1, 3, 4, 4), torch.zeros(216), None, None, None, None, numbers)
+
+
+def test_every_activation_has_its_place() -> None:
+    if not ops.extension_available():
+        pytest.skip("no compiled extension")
+    x, packed = torch.linspace(-4, 7, 24).view(1, 1, 4, 6), OP.pack_conv2d_weight(torch.ones(1, 1, 1, 1), 1)
+    for name, function in ops.ACTIVATIONS.items():
+        numbers = prepared_settings([1, 1, 1, 1], activation=name)
+        y = OP.compact_conv2d_prepared(x, packed, None, None, None, None, numbers)
+        torch.testing.assert_close(y, function(x), msg=name)
