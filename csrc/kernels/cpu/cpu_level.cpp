@@ -3,6 +3,9 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#if defined(LP_HAVE_X86_LEVELS)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <unistd.h>
 #endif
@@ -21,7 +24,16 @@ bool cpu_has_avx512() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return has;
 }
+bool cpu_halves_vectors() {
+  static const bool halves = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    // AMD's family 25 (Zen 4) sends vectors of 64 bytes through units of 32, family 26 (Zen 5) does not.
+    return __builtin_cpu_is("amd") && __get_cpuid(1, &a, &b, &c, &d) && (a >> 8 & 0xf) + (a >> 20 & 0xff) == 25;
+  }();
+  return halves;
+}
 #else
+bool cpu_halves_vectors() { return false; }
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
 #endif

@@ -274,7 +274,9 @@ static void pointwise_rows(PointwiseTile t, int64_t rows) {
   const PointwiseSet& set = pointwise_set<W, P, Tail>();
   const int64_t tiles = (rows + set.max - 1) / set.max;
   if (tiles == 0) return;
-  const PointwiseFn* const fn = set.pairs[1] ? set.pairs : set.far[1] && t.ahead.step > 0 ? set.far : set.fn;
+  // Half vectors alone are as good as pairs where a whole one takes twice as long, and need no shuffles.
+  const bool pairs = set.pairs[1] && !(W == 8 && cpu_halves_vectors());
+  const PointwiseFn* const fn = pairs ? set.pairs : set.far[1] && t.ahead.step > 0 ? set.far : set.fn;
   // As even as possible: some tiles of one pixel more, then the others.
   for (const int64_t more : {1, 0}) {
     const int64_t size = rows / tiles + more;

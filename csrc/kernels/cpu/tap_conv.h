@@ -189,6 +189,8 @@ const CpuKernels& cpu_kernels_avx512();
 int l1_ways();
 bool cpu_has_avx2();
 bool cpu_has_avx512();
+// Whether vectors of 64 bytes take twice as long as those of 32.
+bool cpu_halves_vectors();
 // The best level this CPU has, capped by LIGHTNING_PRUNE_CPU_LEVEL (read on every call: it is one getenv). Throws where that is
 // misspelt.
 const char* cpu_level_name();
