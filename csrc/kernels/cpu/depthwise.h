@@ -52,14 +52,15 @@ struct DepthwiseRow {
   Clamp bounds;
 };
 
-template <bool Part, class V>
-static inline __attribute__((always_inline)) V depthwise_load(const DepthwiseRow& r, const float* p) {
+// The channels of a vector, or `r.part` of them.
+template <bool Part, class V, class Row>
+static inline __attribute__((always_inline)) V depthwise_load(const Row& r, const float* p) {
   if constexpr (Part) return load_lanes<V>(p, r.part);
   return load<V>(p);
 }
 
-template <bool Part, class V>
-static inline __attribute__((always_inline)) void depthwise_store(const DepthwiseRow& r, float* p, V v) {
+template <bool Part, class V, class Row>
+static inline __attribute__((always_inline)) void depthwise_store(const Row& r, float* p, V v) {
   if constexpr (Part)
     store_lanes<V>(p, v, r.part);
   else

@@ -17,36 +17,26 @@ struct TapRow {
   Clamp bounds;
 };
 
-template <bool Part, class V>
-static inline __attribute__((always_inline)) V tap_load(const float* p, int64_t part) {
-  if constexpr (Part) return load_lanes<V>(p, part);
-  return load<V>(p);
-}
-
 template <class V, bool Part>
 static inline __attribute__((always_inline)) void tap_store(const TapRow& r, V sum, V low, V high, int64_t channel,
                                                             int64_t col) {
-  if (r.residual) sum += tap_load<Part, V>(r.residual + channel + col * r.residual_step, r.part);
-  float* to = r.out + channel + col * r.out_step;
-  if constexpr (Part)
-    store_lanes<V>(to, clamp(sum, low, high), r.part);
-  else
-    store<V>(to, clamp(sum, low, high));
+  if (r.residual) sum += depthwise_load<Part, V>(r, r.residual + channel + col * r.residual_step);
+  depthwise_store<Part, V>(r, r.out + channel + col * r.out_step, clamp(sum, low, high));
 }
 
 // Columns whose windows lie inside of the row.
 template <class V, int Cols, bool Part>
 static inline __attribute__((always_inline)) void tap_columns(const TapRow& r, int64_t channel, int64_t col) {
   V acc[Cols];
-  const V shift = r.shift ? tap_load<Part, V>(r.shift + channel, r.part) : V{};
+  const V shift = r.shift ? depthwise_load<Part, V>(r, r.shift + channel) : V{};
 #pragma GCC unroll 14
   for (int c = 0; c < Cols; ++c) acc[c] = shift;
   const int64_t apart = r.stride * r.step, begin = channel + col * apart;
   for (int t = 0; t < r.taps; ++t) {
-    const V w = tap_load<Part, V>(r.weights + r.weight[t] + channel, r.part);
+    const V w = depthwise_load<Part, V>(r, r.weights + r.weight[t] + channel);
     const float* x = r.in[t] + begin;
 #pragma GCC unroll 14
-    for (int c = 0; c < Cols; ++c) acc[c] += tap_load<Part, V>(x + c * apart, r.part) * w;
+    for (int c = 0; c < Cols; ++c) acc[c] += depthwise_load<Part, V>(r, x + c * apart) * w;
   }
   const V low = V{} + r.bounds.low, high = V{} + r.bounds.high;
 #pragma GCC unroll 14
@@ -55,12 +45,12 @@ static inline __attribute__((always_inline)) void tap_columns(const TapRow& r, i
 
 template <class V, bool Part>
 static void tap_edge(const TapRow& r, int64_t channel, int64_t col) {
-  V sum = r.shift ? tap_load<Part, V>(r.shift + channel, r.part) : V{};
+  V sum = r.shift ? depthwise_load<Part, V>(r, r.shift + channel) : V{};
   for (int t = 0; t < r.taps; ++t) {
     const int64_t w = r.column[t] + col * r.stride;
     if (w < 0 || w >= r.width) continue;
-    const V weight = tap_load<Part, V>(r.weights + r.weight[t] + channel, r.part);
-    sum += tap_load<Part, V>(r.in[t] + channel + col * r.stride * r.step, r.part) * weight;
+    const V weight = depthwise_load<Part, V>(r, r.weights + r.weight[t] + channel);
+    sum += depthwise_load<Part, V>(r, r.in[t] + channel + col * r.stride * r.step) * weight;
   }
   tap_store<V, Part>(r, sum, V{} + r.bounds.low, V{} + r.bounds.high, channel, col);
 }
