@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -219,17 +220,32 @@ def serve(pipe: Connection, runtime: str) -> None:
 
 
 def _timed(call: Run, seconds: float) -> tuple[float, float]:
-    """One call, or several while they are short and the caches belong to another process."""
+    """CPU and wall time of one call, the latter a median where calls are short.
+
+    Short calls are repeated for so many seconds before the clock counts, and again while it does: caches belong to another
+    process at first, threads sleep, or share a processor.
+    """
     at, begin = time.process_time(), time.perf_counter()
     call()
     first = time.perf_counter() - begin
     if first > 2 * seconds:  # longer than it takes to fill a cache
         return time.process_time() - at, first
-    calls, at, begin = 0, time.process_time(), time.perf_counter()
-    while calls == 0 or time.perf_counter() - begin < seconds:
+    _repeated(call, seconds)
+    at = time.process_time()
+    taken = _repeated(call, seconds)
+    return (time.process_time() - at) / len(taken), statistics.median(taken)
+
+
+def _repeated(call: Run, seconds: float) -> list[float]:
+    """Wall time of each call."""
+    taken: list[float] = []
+    begin = now = time.perf_counter()
+    while not taken or now - begin < seconds:
+        before = now
         call()
-        calls += 1
-    return (time.process_time() - at) / calls, (time.perf_counter() - begin) / calls
+        now = time.perf_counter()
+        taken.append(now - before)
+    return taken
 
 
 __all__ = ["RUNTIMES", "Setting", "export", "serve"]
