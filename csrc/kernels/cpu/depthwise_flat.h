@@ -6,7 +6,8 @@
 
 constexpr int kDepthwiseSide = 7;  // of the largest kernel
 // Floats from what a column reads to what is fetched for one of the next: going down the rows, the hardware cannot guess them.
-constexpr int64_t kFlatAhead = 2 * kPanel;
+// What comes from beyond L2 takes longer, the more so where others use the same cache.
+constexpr int64_t kFlatAhead = 2 * kPanel, kFarAhead = 8 * kPanel;
 
 // Lanes [from, to) of a vector, zero elsewhere; nothing else is touched.
 struct LaneRange {
@@ -44,8 +45,7 @@ struct FlatRows {
 // One vector of all rows, and the same channels of the next N - 1 pixels; Edge: some lanes' windows end at the sides of the
 // map, or it is the last one.
 template <int K, int N, bool Edge, bool Residual>
-static inline __attribute__((always_inline)) void flat_column(const FlatRows& r, int64_t phase, int64_t at,
-                                                              int64_t ahead = kFlatAhead) {
+static inline __attribute__((always_inline)) void flat_column(const FlatRows& r, int64_t phase, int64_t at, int64_t ahead) {
   using V = Simd<float, LP_VECTOR_BYTES>::reg;
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
   const int64_t channels = r.channels, lanes = std::min(L, r.length - at);
@@ -144,13 +144,14 @@ static inline __attribute__((always_inline)) void flat_column(const FlatRows& r,
 // A column by itself: at the sides of the map, and of 5x5, whose registers would not do for the loop around it as well.
 template <int K, bool Edge, bool Residual>
 static __attribute__((noinline)) void flat_single(const FlatRows& r, int64_t phase, int64_t at) {
-  flat_column<K, 1, Edge, Residual>(r, phase, at);
+  flat_column<K, 1, Edge, Residual>(r, phase, at, r.far ? kFarAhead : kFlatAhead);
 }
 
 template <int K, bool Residual>
 static __attribute__((noinline)) void flat_rows(const FlatRows& rows) {
   constexpr int64_t L = Simd<float, LP_VECTOR_BYTES>::lanes;
   const FlatRows r = rows;
+  const int64_t ahead = r.far ? kFarAhead : kFlatAhead;
   const int64_t begin = r.pad * r.channels, end = std::min(r.length, r.width + begin - (K - 1) * r.channels) - L;
   if (K == 3 && LP_REGISTERS == 32 && r.pairs) {
     const int64_t last = round_up(r.channels, L) - L;  // the last vector of a pixel begins here
@@ -163,7 +164,7 @@ static __attribute__((noinline)) void flat_rows(const FlatRows& rows) {
         continue;
       }
       for (int64_t c = 0; c < r.channels; c += L)
-        flat_column<3, 2, false, Residual>(r, c, pixel + c, c + kFlatAhead <= last ? kFlatAhead : kFlatAhead + beyond);
+        flat_column<3, 2, false, Residual>(r, c, pixel + c, c + ahead <= last ? ahead : ahead + beyond);
       pixel += 2 * r.channels;
     }
     return;
@@ -180,7 +181,7 @@ static __attribute__((noinline)) void flat_rows(const FlatRows& rows) {
     if constexpr (K == 5)
       flat_single<K, false, Residual>(r, phase, at);
     else
-      flat_column<K, 1, false, Residual>(r, phase, at);
+      flat_column<K, 1, false, Residual>(r, phase, at, ahead);
   for (; at < r.length; next()) flat_single<K, true, Residual>(r, phase, at);
 }
 
