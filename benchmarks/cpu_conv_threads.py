@@ -4,7 +4,7 @@ The shapes of cpu_conv.py without those that gather. Ours is what `optimize_for_
 its own width and zero-padded to multiples of 8; everybody gets the memory format that suits. Wall time, medians over rounds of
 the ratio within a round; peers that are far behind after a few rounds leave the race.
 
-    python benchmarks/cpu_conv_threads.py          # about 10 minutes, to benchmarks/results/cpu_conv_threads-native.{md,json}
+    python benchmarks/cpu_conv_threads.py          # about 7 minutes, to benchmarks/results/cpu_conv_threads-native.{md,json}
     python benchmarks/cpu_conv_threads.py --quick  # one shape per class, only on the screen
 """
 

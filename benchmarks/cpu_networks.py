@@ -6,7 +6,7 @@ the same one zero-padded to multiples of 8; its better time counts. Every runtim
 take turns. One thread: process CPU time; two threads: wall time. Ratios are medians over rounds of the ratio within a round;
 who is far behind after a few rounds leaves the race.
 
-    python benchmarks/cpu_networks.py             # everything, about 20 minutes, to benchmarks/results/
+    python benchmarks/cpu_networks.py             # everything, about 15 minutes, to benchmarks/results/
     python benchmarks/cpu_networks.py --quick     # one thread, few rounds, ragged only, no torch.compile, on the screen
     python benchmarks/cpu_networks.py --isa avx2  # this package, torch and oneDNN capped at AVX2
 """
