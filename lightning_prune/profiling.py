@@ -103,6 +103,13 @@ def _compact_flops(
     return 2 * out_val.shape[0] * math.prod(out_val.shape[2:]) * math.prod(weight_shape)
 
 
+def _prepared_flops(
+    x: Tensor, packed: Tensor, bias: Any, residual: Any, in_index: Any, out_index: Any, settings: list[int],
+    *, out_val: Tensor, **named: Any,
+) -> int:  # fmt: skip
+    return _compact_flops(x, packed, bias, residual, in_index, out_index, settings[:4], out_val=out_val)
+
+
 def _masked_flops(
     x: Tensor, weight: Tensor, bias: Any, gate: Any, live_in: Tensor | None, live_out: Tensor | None, stride: Any,
     padding: Any, dilation: Any, groups: int, *rest: Any, out_val: Tensor, **named: Any,
@@ -122,10 +129,14 @@ def _flop_formulas() -> dict[Any, Callable[..., int]]:
     """What this package's operators compute, for torch's counter: live channels only."""
     if not extension_available():
         return {}
-    for formula in (_compact_flops, _masked_flops):
+    for formula in (_compact_flops, _prepared_flops, _masked_flops):
         formula.__dict__["_get_raw"] = True  # torch's mark for tensors as arguments instead of shapes
     own = torch.ops.lightning_prune
-    return {own.compact_conv2d: _compact_flops, own.masked_conv2d: _masked_flops}
+    return {
+        own.compact_conv2d: _compact_flops,
+        own.compact_conv2d_prepared: _prepared_flops,
+        own.masked_conv2d: _masked_flops,
+    }
 
 
 def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
