@@ -159,7 +159,6 @@ class TrialStore:
 
         Optuna hands a waiting trial to exactly one process. Two processes may have enqueued the same trial at the same
         moment; the one that sees the other at work steps back.
-        Seldom, when a trial ends while another process looks, it is run once more; its result is the same.
         """
         wanted = {trial.key for trial in candidates}
         while True:
