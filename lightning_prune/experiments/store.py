@@ -60,8 +60,29 @@ def open_storage(spec: str) -> Any:
         )
     if scheme == "sqlite" and rest.startswith("///"):
         Path(rest[3:]).parent.mkdir(parents=True, exist_ok=True)
-        return optuna.storages.RDBStorage(spec, engine_kwargs={"connect_args": {"timeout": 60}})
+        storage = optuna.storages.RDBStorage(spec, engine_kwargs={"connect_args": {"timeout": 60}})
+        _begin_before_reading(storage.engine)
+        return storage
     return optuna.storages.RDBStorage(spec)
+
+
+def _begin_before_reading(engine: Any) -> None:
+    """Let every transaction of an SQLite engine begin with its first read.
+
+    Python's driver begins one before the first write only. Optuna reads that a trial waits and then takes it: two processes
+    would take the same one. (SQLAlchemy, "SQLite transactions": events of pysqlite.)
+    """
+    from sqlalchemy import event
+
+    def connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # the driver begins nothing by itself
+
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    event.listen(engine, "connect", connect)
+    event.listen(engine, "begin", begin)
+    engine.dispose()  # connections that were made before
 
 
 @dataclass(frozen=True)

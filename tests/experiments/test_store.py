@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -101,6 +102,27 @@ def test_a_machine_that_is_silent_for_too_long_has_lost_its_trial(storage: str) 
     assert store.release_lost(lease=60.0) == 0
     claim.handle.set_user_attr("alive", time.time() - 61.0)
     assert store.release_lost(lease=60.0) == 1
+
+
+def test_a_waiting_trial_is_given_to_one_process_only(tmp_path: Path) -> None:
+    spec, workers, each = f"sqlite:///{tmp_path}/s.db", 4, 10
+    study = TrialStore(spec, "study").study
+    for number in range(workers * each):
+        study.enqueue_trial({}, user_attrs={"trial": str(number)})
+    taken: list[int] = []
+    together = threading.Barrier(workers)
+
+    def take() -> None:
+        own = TrialStore(spec, "study").study
+        together.wait()
+        taken.extend(own.ask().number for _ in range(each))
+
+    threads = [threading.Thread(target=take) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == list(range(workers * each))
 
 
 def test_other_settings_do_not_mix(storage: str) -> None:
