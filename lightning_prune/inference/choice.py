@@ -101,7 +101,7 @@ def further_kinds(site: ConvSite, dtype: torch.dtype, device: torch.device) -> l
     if device.type == "cuda":
         return ["padded"] if site.padded() is not None else []
     able = device.type == "cpu" and dtype is torch.float32 and torch.backends.mkldnn.is_available()
-    return ["prepacked"] if able and site.prepacked() is not None else []
+    return ["prepacked"] if able and site.prepackable else []
 
 
 def fastest_kind(site: ConvSite, dtype: torch.dtype, device: torch.device, memory_format: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..nn import CompactConv2d
+from ..nn._convert import symmetric_padding
 from ..nn.compact_conv2d import _fold_batch_norm
 from ..ops.winograd import algorithm_for
 from .folded import FoldedConv2d
@@ -64,10 +65,16 @@ class ConvSite:
 
     def prepacked(self) -> PrepackedConv2d | None:
         """The module that runs oneDNN's convolution with weights in its own layout; None for paddings it does not know."""
+        return PrepackedConv2d(self.folded(), self.activation).eval() if self.prepackable else None
+
+    @property
+    def prepackable(self) -> bool:
+        """Whether oneDNN knows the padding."""
         try:
-            return PrepackedConv2d(self.folded(), self.activation).eval()
+            symmetric_padding(self.conv)
         except ValueError:
-            return None
+            return False
+        return True
 
     def own(self) -> CompactConv2d | None:
         """The module that runs this package's convolution; None where it cannot (reflecting padding)."""
